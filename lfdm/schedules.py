@@ -36,7 +36,7 @@ def posterior(s: Level,  # the cleaner level, to which the step goes
     a_ts, var_ts = transition(s, t)
     return a_ts * (s.sigma / t.sigma)**2, s.alpha * var_ts / t.sigma**2, var_ts * (s.sigma / t.sigma)**2
 
-# %% ../nbs/10_schedules.ipynb #bb5dd0d3
+# %% ../nbs/10_schedules.ipynb #903d9cbc
 class Schedule:
     "A path of noise levels over t in [0, 1], cut to [logsnr_min, logsnr_max]. Subclasses give `path`, `inverse`, `slope`."
     name = None
@@ -72,14 +72,17 @@ class Schedule:
         return self.path(self._t0 + (self._t1 - self._t0) * t)
     def dlogsnr(self, t):
         "λ'(t), negative."
-        return (self._t1 - self._t0) * self.slope(self.logsnr(t))
+        return self.dlogsnr_at(self.logsnr(t))
+    def dlogsnr_at(self, logsnr):
+        "λ' at the time where λ is reached, negative."
+        return (self._t1 - self._t0) * self.slope(logsnr)
     def t(self, logsnr):
         "The time at which λ is reached; Kingma & Gao (88)."
         return (self.inverse(as_number(logsnr)) - self._t0) / (self._t1 - self._t0)
     def density(self, logsnr):
         "p(λ), the density of λ(t) for t ~ U(0, 1): -1/λ' inside the range and 0 outside; Kingma & Gao (89, 90)."
         logsnr = as_number(logsnr)
-        p = -1 / ((self._t1 - self._t0) * self.slope(logsnr))
+        p = -1 / self.dlogsnr_at(logsnr)
         if is_symbolic(logsnr): return p
         return torch.where((logsnr < self.logsnr_min) | (logsnr > self.logsnr_max), torch.zeros_like(p), p)
     def level(self, t):
