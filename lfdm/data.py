@@ -31,7 +31,7 @@ def stream(name: str,   # the data set's name
     key = f"{name}/{split}/{number('seed', seed, low=0, integer=True)}".encode()
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], 'big') >> 1)
 
-# %% ../nbs/50_data.ipynb #57980073
+# %% ../nbs/50_data.ipynb #b059f016
 class Dataset:
     "Anything to sample from: a subclass sets `dim` and has `draw(n, generator) -> (n, dim)`."
     dim = 2            # D, the number of coordinates
@@ -43,7 +43,12 @@ class Dataset:
         "The word that stands for the set: its class in lower case."
         return type(self).__name__.lower()
 
-    def draw(self, n, generator): raise NotImplementedError(f"data set {self.name!r} has no draw(n, generator).")
+    def draw(self,
+             n: int,                     # how many points
+             generator: torch.Generator, # the only source of randomness to use
+            ) -> torch.Tensor:           # shape (n, dim), float64 if possible
+        "What a subclass has to supply: n points."
+        raise NotImplementedError(f"data set {self.name!r} has no draw(n, generator).")
 
     def sample(self,
                n: int,                 # how many points, from 0
@@ -58,8 +63,13 @@ class Dataset:
             raise ValueError(f"draw of data set {self.name!r} gave shape {tuple(x.shape)}, not {(n, self.dim)}.")
         return x.to(dtype)
 
-    def train(self, seed: int = 0): return self.sample(self.n_train, seed, 'train')
-    def test(self, seed: int = 0): return self.sample(self.n_test, seed, 'test')
+    def train(self, seed: int = 0) -> torch.Tensor:  # shape (n_train, dim)
+        "The training set."
+        return self.sample(self.n_train, seed, 'train')
+
+    def test(self, seed: int = 0) -> torch.Tensor:  # shape (n_test, dim)
+        "The test set."
+        return self.sample(self.n_test, seed, 'test')
 
     def _no_density(self, *args, **kwargs):
         raise NoDensity(f"data set {self.name!r} has samples but no exact density, so no floor, score or denoiser.")
@@ -106,20 +116,27 @@ class Mixture(Dataset):
         k = torch.searchsorted(self.weights.cumsum(0), u, right=True).clamp(max=len(self.weights) - 1)
         return self.means[k] + self.stds[k] * torch.randn(n, self.dim, generator=generator, dtype=torch.float64)
 
-# %% ../nbs/50_data.ipynb #1007fa0c
+# %% ../nbs/50_data.ipynb #26466dc1
 class NoisyMixture(Mixture):
     "The exact density, score and posterior of a mixture at any signal and noise scale."
     exact = True
     block = 2**18  # rows times components worked on at once
 
     def _components(self, z, alpha, sigma):
-        "log(w_k N(z; alpha mu_k, tau_k^2)), the gap z - alpha mu_k, tau_k^2 and m_k; the last three (n, K, D)."
-        z, alpha, sigma = z[:, None], alpha[:, None], sigma[:, None]
-        w, mu, s2 = (a.to(z.device) for a in (self.weights, self.means, self.stds**2))
-        tau2 = alpha**2 * s2 + sigma**2
-        gap = z - alpha * mu
-        logits = w.log() - 0.5 * (gap**2 / tau2 + (2 * math.pi * tau2).log()).sum(-1)
-        return logits, gap, tau2, (sigma**2 * mu + alpha * s2 * z) / tau2
+        "log(w_k N(z; alpha mu_k, tau_k^2)), shape (n, K); the gap z - alpha mu_k and tau_k^2, shape (D, n, K)."
+        z, w, mu, s2 = z.T[..., None], self.weights.to(z.device), *self._by_dimension(z)
+        gap, tau2 = z - alpha * mu, alpha**2 * s2 + sigma**2
+        return w.log() - 0.5 * (gap**2 / tau2 + (2 * math.pi * tau2).log()).sum(0), gap, tau2
+
+    def _by_dimension(self, z):
+        "mu_k and s_k^2, shape (D, 1, K), on z's device."
+        return (a.T[:, None].to(z.device) for a in (self.means, self.stds**2))
+
+    def _posterior(self, z, alpha, sigma):
+        "rho_k, shape (n, K); m_k and Var[x given z, k], shape (D, n, K)."
+        logits, _, tau2 = self._components(z, alpha, sigma)
+        mu, s2 = self._by_dimension(z)
+        return logits.softmax(1), (sigma**2 * mu + alpha * s2 * z.T[..., None]) / tau2, s2 * sigma**2 / tau2
 
     def _by_block(self, f, z, alpha, sigma):
         "Apply f(z, alpha, sigma) to blocks of rows, in float64; the result has z's dtype."
@@ -142,36 +159,47 @@ class NoisyMixture(Mixture):
     def log_prob_at(self,
                     z: torch.Tensor,  # noisy data, shape (n, D)
                     alpha, sigma,     # scales: numbers, or shape (n,) or (n, 1)
-                   ) -> torch.Tensor: # shape (n,), in nats
+                   ) -> torch.Tensor:  # shape (n,), in nats
         "log q(z), the log density of z = alpha x + sigma eps."
         return self._by_block(lambda *a: self._components(*a)[0].logsumexp(1), z, alpha, sigma)
 
-    def log_prob(self, x): return self.log_prob_at(x, 1., 0.)
+    def log_prob(self,
+                 x: torch.Tensor,   # data, shape (n, D)
+                ) -> torch.Tensor:  # shape (n,), in nats
+        "log p(x), the log density of the data."
+        return self.log_prob_at(x, 1., 0.)
 
-    def denoise(self, z, alpha, sigma) -> torch.Tensor:  # shape (n, D)
+    def denoise(self,
+                z: torch.Tensor,   # noisy data, shape (n, D)
+                alpha, sigma,      # scales, as above
+               ) -> torch.Tensor:  # shape (n, D)
         "E[x given z]: no denoiser has a smaller mean squared error."
         def f(*a):
-            logits, _, _, m = self._components(*a)
-            return (logits.softmax(1)[..., None] * m).sum(1)
+            rho, m, _ = self._posterior(*a)
+            return (rho * m).sum(-1).T
         return self._by_block(f, z, alpha, sigma)
 
-    def score(self, z, alpha, sigma) -> torch.Tensor:  # shape (n, D)
+    def score(self,
+              z: torch.Tensor,   # noisy data, shape (n, D)
+              alpha, sigma,      # scales, as above
+             ) -> torch.Tensor:  # shape (n, D)
         "grad log q(z)."
         def f(*a):
-            logits, gap, tau2, _ = self._components(*a)
-            return -(logits.softmax(1)[..., None] * gap / tau2).sum(1)
+            logits, gap, tau2 = self._components(*a)
+            return -(logits.softmax(1) * gap / tau2).sum(-1).T
         return self._by_block(f, z, alpha, sigma)
 
-    def posterior_variance(self, z, alpha, sigma) -> torch.Tensor:  # shape (n,)
+    def posterior_variance(self,
+                           z: torch.Tensor,   # noisy data, shape (n, D)
+                           alpha, sigma,      # scales, as above
+                          ) -> torch.Tensor:  # shape (n,)
         "The mean over dimensions of Var[x_d given z]."
-        def f(z, alpha, sigma):
-            logits, _, tau2, m = self._components(z, alpha, sigma)
-            rho, v = logits.softmax(1)[..., None], (self.stds**2).to(z.device) * sigma[:, None]**2 / tau2
-            mean = (rho * m).sum(1, keepdim=True)
-            return (rho * (v + (m - mean)**2)).sum(1).mean(-1)
+        def f(*a):
+            rho, m, v = self._posterior(*a)
+            return (rho * (v + (m - (rho * m).sum(-1, keepdim=True))**2)).sum(-1).mean(0)
         return self._by_block(f, z, alpha, sigma)
 
-# %% ../nbs/50_data.ipynb #14bde812
+# %% ../nbs/50_data.ipynb #dff00301
 class GaussianMixture(NoisyMixture):
     "A standardized Gaussian mixture with everything exact: samples, density, score, denoiser, entropy and floors."
     max_cells = 2**24  # the largest grid: 128 MiB an array
@@ -179,15 +207,16 @@ class GaussianMixture(NoisyMixture):
     def _grid(self, alpha, sigma, fine):
         "Per dimension: points of z, and spacing times each component's density there, shape (K, points)."
         alpha, sigma = number('alpha', alpha, low=0), number('sigma', sigma, low=0)
+        if alpha == sigma == 0: raise ValueError("alpha and sigma must not both be 0.")
         centre, tau = alpha * self.means, (alpha**2 * self.stds**2 + sigma**2).sqrt()
         low, high = (centre - 9 * tau).amin(0), (centre + 9 * tau).amax(0)
-        sizes = (fine * (high - low) / tau.amin(0)).ceil().int() + 1
+        sizes = (fine * (high - low) / tau.amin(0)).ceil().long() + 1
         if sizes.double().prod() > self.max_cells:
             raise ValueError(f"components of width {tau.min():.2g} over {(high - low).max():.2g} need a grid of "
                              f"{sizes.tolist()} points, more than {self.max_cells} in all.")
         axes = [torch.linspace(*a, n, dtype=torch.float64) for a, n in zip(zip(low, high), sizes)]
-        return [(z, (z[1] - z[0]) * Normal(c[:, None], s[:, None]).log_prob(z).exp())
-                for z, c, s in zip(axes, centre.T, tau.T)]
+        mass = lambda z, c, s: (z[1] - z[0]) * Normal(c[:, None], s[:, None]).log_prob(z).exp()
+        return [(z, (g := mass(z, c, s)).where(g > 1e-75, 0.)) for z, c, s in zip(axes, centre.T, tau.T)]
 
     def _sum(self, factors):
         "The sum over components of w_k times the product of one factor per axis, on the whole grid."
@@ -196,7 +225,7 @@ class GaussianMixture(NoisyMixture):
 
     def eps_error(self,
                   alpha: float, sigma: float,  # the scales; the result depends on their ratio only
-                  fine: float = 4.,           # grid points per standard deviation of the narrowest component
+                  fine: float = 4.,            # grid points per standard deviation of the narrowest component
                  ) -> float:                   # mean over dimensions of E (eps - E[eps given z])^2
         "The floor of the eps-error at one noise level, by quadrature."
         grid = self._grid(alpha, sigma, fine)
@@ -211,7 +240,7 @@ class GaussianMixture(NoisyMixture):
 
     def entropy(self,
                 alpha: float = 1., sigma: float = 0.,  # the scales; default: the data themselves
-                fine: float = 4.,                     # grid points per standard deviation, as above
+                fine: float = 4.,                      # grid points per standard deviation, as above
                ) -> float:                             # in nats
         "The differential entropy h(z) of z = alpha x + sigma eps, by quadrature."
         grid = self._grid(alpha, sigma, fine)
@@ -224,37 +253,33 @@ class GaussianMixture(NoisyMixture):
         "The log of the v-floor as a spline over logsnr, and the range it covers."
         from scipy.interpolate import CubicSpline
         end = max(14., 9 - 2 * self.stds.min().log().item())
-        logsnr = torch.arange(-14., end + 1 / 8, 1 / 8, dtype=torch.float64)
+        logsnr = torch.arange(-14., end + 1 / 16, 1 / 16, dtype=torch.float64)
         scales = zip(logsnr.sigmoid().sqrt().tolist(), (-logsnr).sigmoid().sqrt().tolist())
         eps = [self.eps_error(alpha, sigma) for alpha, sigma in scales]
         v = torch.tensor(eps, dtype=torch.float64) / logsnr.sigmoid()
         return CubicSpline(logsnr, v.log()), logsnr[0].item(), logsnr[-1].item()
 
-    def _v_floor(self, logsnr):
-        "mmse of x plus mmse of eps, in float64: interpolated, and exponentially close to 1 outside the table."
-        spline, low, high = self._table
-        l = torch.as_tensor(logsnr, dtype=torch.float64)
-        inside = l.clamp(low, high)
-        return (torch.from_numpy(spline(inside.cpu().numpy())).to(l.device) * (-(l - inside).abs()).exp()).exp()
-
-    def _of(self, logsnr, f):
-        "f(logsnr) in float64, returned in logsnr's dtype."
+    def _part_of_v_floor(self, logsnr, part):
+        "part(logsnr) times the v-floor: interpolated, and exponentially close to 1 outside the table."
         if not torch.is_tensor(logsnr): logsnr = torch.as_tensor(logsnr, dtype=torch.float64)
         if not logsnr.is_floating_point() or logsnr.isnan().any():
             raise ValueError(f"logsnr must be floating-point numbers, not {logsnr!r}.")
-        return f(logsnr.double()).to(logsnr.dtype)
+        (spline, low, high), l = self._table, logsnr.detach().cpu().double()
+        inside = l.clamp(low, high)
+        v = (torch.from_numpy(spline(inside.numpy())) * (-(l - inside).abs()).exp()).exp()
+        return (v * part(l)).to(logsnr)
 
     def eps_floor(self,
-                  logsnr,         # lambda, a number or a tensor of any shape
+                  logsnr,            # lambda, a number or a floating-point tensor of any shape
                  ) -> torch.Tensor:  # mean over dimensions of E (eps - E[eps given z])^2, logsnr's shape
         "The smallest possible eps-error at each log-SNR; the table behind it is made once."
-        return self._of(logsnr, lambda l: self._v_floor(l) * l.sigmoid())
+        return self._part_of_v_floor(logsnr, torch.sigmoid)
 
     def mmse(self,
-             logsnr,              # lambda, a number or a tensor of any shape
-            ) -> torch.Tensor:    # mean over dimensions of E (x - E[x given z])^2, logsnr's shape
+             logsnr,            # lambda, a number or a floating-point tensor of any shape
+            ) -> torch.Tensor:  # mean over dimensions of E (x - E[x given z])^2, logsnr's shape
         "The smallest possible x-error at each log-SNR: e^-lambda times the eps-floor."
-        return self._of(logsnr, lambda l: self._v_floor(l) * (-l).sigmoid())
+        return self._part_of_v_floor(logsnr, lambda l: torch.sigmoid(-l))
 
 # %% ../nbs/50_data.ipynb #ae228f3a
 def steps(k: int,  # how many

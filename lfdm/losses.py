@@ -23,7 +23,7 @@ def predict(net,             # network: (z of shape (n, ...), u of shape (n,)) -
     u = network_time(level.logsnr).to(z.dtype)
     return net(z / expand(scale, z), u.expand(len(z)))
 
-# %% ../nbs/40_losses.ipynb #5d74fa46
+# %% ../nbs/40_losses.ipynb #d6b802ae
 class DiffusionLoss:
     "A diffusion loss: schedule × target × weighting. `loss(net, x)` gives one value per example."
     def __init__(self,
@@ -47,25 +47,37 @@ class DiffusionLoss:
         "The factor on the noise's squared error at time t: `factor` over r_y."
         return self.weighting.eps_factor(self.schedule.logsnr(t), self.schedule, self.target)
 
+    def noisy(self,
+              x: torch.Tensor,   # clean data, shape (n, ...)
+              t: torch.Tensor,   # times, shape (n,)
+              eps: torch.Tensor, # noise, x's shape
+             ) -> tuple:         # (z, y, level): noisy data, the target's true value, the noise level
+        "What the network is shown and what it should answer: z = αx + σε and y."
+        if eps.shape != x.shape: raise ValueError(f"eps has shape {tuple(eps.shape)}, but x has {tuple(x.shape)}.")
+        level = self.schedule.level(torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x)))
+        alpha, sigma = expand(level.alpha, x), expand(level.sigma, x)
+        return alpha * x + sigma * eps, self.target.encode(x, eps, alpha, sigma), level
+
+    def error(self,
+              y: torch.Tensor,     # the target's true value, shape (n, ...)
+              y_hat: torch.Tensor, # its prediction, y's shape
+              level: Level,        # the noise level, entries of shape (n,)
+             ) -> torch.Tensor:    # (n,): factor · mean over dimensions of (y - ŷ)²
+        "The weighted squared error of a prediction."
+        if y_hat.shape != y.shape: raise ValueError(f"the network returned shape {tuple(y_hat.shape)} for data of shape {tuple(y.shape)}.")
+        return self.weighting.factor(level.logsnr, self.schedule, self.target) * (y - y_hat.to(y.dtype)).square().flatten(1).mean(1)
+
     def __call__(self,
                  net,                     # network: net(z, u) -> ŷ
                  x: torch.Tensor,         # clean data, shape (n, ...)
                  t: torch.Tensor = None,  # times, shape (n,); default: low-discrepancy times
                  eps: torch.Tensor = None, # noise, x's shape; default: standard normal
                  generator: torch.Generator = None, # source of t and eps; default: torch's own
-                ) -> torch.Tensor:        # (n,): factor · mean over dimensions of (y - ŷ)²
+                ) -> torch.Tensor:        # (n,), one value per example
         "The loss of each example; thesis (3.21)-(3.64) with its mean over dimensions and without its ½."
         if t is None: t = sample_times(len(x), generator, x.device, x.dtype)
         if eps is None: eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        t = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
-        if eps.shape != x.shape: raise ValueError(f"eps has shape {tuple(eps.shape)}, but x has {tuple(x.shape)}.")
-        level = self.schedule.level(t)
-        alpha, sigma = expand(level.alpha, x), expand(level.sigma, x)
-        z = alpha * x + sigma * eps
-        y = self.target.encode(x, eps, alpha, sigma)
-        y_hat = predict(net, z, level)
-        if y_hat.shape != y.shape: raise ValueError(f"the network returned shape {tuple(y_hat.shape)} for data of shape {tuple(x.shape)}.")
-        error = (y - y_hat.to(y.dtype)).square().flatten(1).mean(1)
-        return self.weighting.factor(level.logsnr, self.schedule, self.target) * error
+        z, y, level = self.noisy(x, t, eps)
+        return self.error(y, predict(net, z, level), level)
 
     def __repr__(self): return f"DiffusionLoss({self.schedule}, {self.target}, {self.weighting})"
