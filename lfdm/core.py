@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import torch
 
-# %% ../nbs/00_core.ipynb #8e1a6bd5
+# %% ../nbs/00_core.ipynb #995a8c9d
 def unknown(kind: str,     # what the name should name, e.g. 'target'
             name,          # the bad value
             valid,         # the valid names
@@ -24,7 +24,7 @@ def unknown(kind: str,     # what the name should name, e.g. 'target'
     hint = f" Did you mean {near[0]!r}?" if near else ""
     return f"unknown {kind} {name!r}.{hint} Valid: {', '.join(map(repr, names))}."
 
-# %% ../nbs/00_core.ipynb #99aec1e6
+# %% ../nbs/00_core.ipynb #ec2ca37b
 def lookup(registry: dict,  # name -> class
            name: str,       # the name to look up
            kind: str,       # what the registry holds, for the message
@@ -33,7 +33,7 @@ def lookup(registry: dict,  # name -> class
     if not isinstance(name, str) or name not in registry: raise ValueError(unknown(kind, name, registry))
     return registry[name]
 
-# %% ../nbs/00_core.ipynb #c7c87bae
+# %% ../nbs/00_core.ipynb #e8078ee8
 def instance(registry: dict,  # name -> class
              choice,          # a name, a class or an instance
              kind: str,       # what the registry holds, for the message
@@ -46,7 +46,7 @@ def instance(registry: dict,  # name -> class
         raise TypeError(f"{kind} must be a name ({', '.join(map(repr, registry))}) or a {base.__name__}, not {choice!r}.")
     return choice
 
-# %% ../nbs/00_core.ipynb #8fada445
+# %% ../nbs/00_core.ipynb #2a3a228f
 def number(name: str,              # the parameter's name, for the message
            value,                  # the value to check
            low: float = -math.inf, # smallest allowed value
@@ -67,7 +67,7 @@ def number(name: str,              # the parameter's name, for the message
         raise ValueError(f"{name} must be {bound}, not {value!r}.")
     return int(value) if integer else float(value)
 
-# %% ../nbs/00_core.ipynb #a9d0e056
+# %% ../nbs/00_core.ipynb #a8f99b73
 def expand(scale,             # a number, or a tensor of shape (), (n,) or (n, 1, ...)
            x: torch.Tensor,   # data, shape (n, ...)
           ):                  # `scale` shaped to multiply `x` example by example; raises ValueError if it cannot
@@ -77,7 +77,7 @@ def expand(scale,             # a number, or a tensor of shape (), (n,) or (n, 1
         raise ValueError(f"scale of shape {tuple(scale.shape)} is not one number per example of data of shape {tuple(x.shape)}.")
     return scale.reshape(scale.shape[0], *(1,) * (x.ndim - 1))
 
-# %% ../nbs/00_core.ipynb #98193fee
+# %% ../nbs/00_core.ipynb #ebdcd853
 def is_symbolic(t,  # anything
                ) -> bool:
     "Is it a sympy expression?"
@@ -94,7 +94,7 @@ def maths(t,  # a tensor or a sympy expression
                            expm1=lambda y: sympy.exp(y) - 1, log1p=lambda y: sympy.log(1 + y),
                            softplus=lambda y: sympy.log(1 + sympy.exp(y)), sigmoid=lambda y: 1 / (1 + sympy.exp(-y)))
 
-# %% ../nbs/00_core.ipynb #0fe0e98e
+# %% ../nbs/00_core.ipynb #cc2b6a40
 def as_number(t,  # a float, an int, a tensor or a sympy expression
              ):   # a floating-point tensor, or the expression unchanged
     "Floats become float64 tensors; tensors keep their dtype; symbols stay symbols."
@@ -103,7 +103,7 @@ def as_number(t,  # a float, an int, a tensor or a sympy expression
     if not t.is_floating_point(): raise TypeError(f"expected floating-point values, not {t.dtype}.")
     return t
 
-# %% ../nbs/00_core.ipynb #c1c86b44
+# %% ../nbs/00_core.ipynb #458a439c
 def prove(left,         # a sympy expression
           right,        # what it must equal identically
           source: str,  # the equation proved, e.g. 'thesis 3.22'
@@ -116,7 +116,7 @@ def prove(left,         # a sympy expression
         if attempt(residue) == 0: return print(f'proved: {source}')
     raise AssertionError(f"not proved: {source}: the two sides differ by {sympy.simplify(residue)}")
 
-# %% ../nbs/00_core.ipynb #83347b90
+# %% ../nbs/00_core.ipynb #eaf218e6
 def project_root(start=None,  # where to start looking; default: the current folder
                 ) -> Path:    # the project's root; the start itself if there is none above
     "The nearest folder upwards that holds this project's settings.ini, else the start."

@@ -16,7 +16,7 @@ from .data import NoDensity
 from .losses import DiffusionLoss
 from .weightings import implied_w
 
-# %% ../nbs/90_evaluation.ipynb #140a1074
+# %% ../nbs/90_evaluation.ipynb #2a20cc21
 def floor_per_logsnr(loss: DiffusionLoss, # the loss
                      dataset,             # a data set with exact references
                      logsnr,              # λ, any shape
@@ -35,7 +35,7 @@ def floor(loss: DiffusionLoss,  # the loss; its floor is over its schedule's ran
     inside = logsnr.clamp(low + 1e-9, high - 1e-9)
     return float(simpson(floor_per_logsnr(loss, dataset, inside).numpy(), x=logsnr.numpy()))
 
-# %% ../nbs/90_evaluation.ipynb #05dbc35d
+# %% ../nbs/90_evaluation.ipynb #98847386
 def mean_distance(x: torch.Tensor,  # samples, shape (n, D)
                   y: torch.Tensor,  # other samples, shape (m, D)
                  ) -> float:        # Euclidean distance of the two means
@@ -48,7 +48,7 @@ def covariance_distance(x: torch.Tensor, # samples, shape (n, D)
     "Distance of the covariances; thesis (4.3)-(4.5)."
     return (torch.cov(x.double().T) - torch.cov(y.double().T)).norm().item()
 
-# %% ../nbs/90_evaluation.ipynb #d485f289
+# %% ../nbs/90_evaluation.ipynb #0d702a99
 def directions(dim: int,         # D
                n: int = 128,     # how many
                seed: int = 0,    # for D > 2
@@ -78,7 +78,7 @@ def _quantiles(ordered, n):
     if len(ordered) == n: return ordered
     return ordered[((torch.arange(n) + 0.5) * len(ordered) / n).long()]
 
-# %% ../nbs/90_evaluation.ipynb #4a85ccb7
+# %% ../nbs/90_evaluation.ipynb #765263ae
 DISTANCES = {'mean_distance': mean_distance, 'covariance_distance': covariance_distance, 'sliced_wasserstein': sliced_wasserstein}
 
 def noise_floor(distance,      # distance(x, y) -> float
@@ -93,7 +93,7 @@ def noise_floor(distance,      # distance(x, y) -> float
     values = torch.tensor(values, dtype=torch.float64)
     return values.mean().item(), values.std().item()
 
-# %% ../nbs/90_evaluation.ipynb #11f68b8e
+# %% ../nbs/90_evaluation.ipynb #ee53fa17
 def judge(samples: torch.Tensor,  # generated, shape (n, D)
           dataset,                # the data set they imitate
           seed: int = 0,          # of the real samples compared with

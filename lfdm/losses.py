@@ -13,7 +13,7 @@ from .schedules import SCHEDULES, Level, Schedule, network_time, posterior, samp
 from .targets import TARGETS, Target
 from .weightings import WEIGHTINGS, Weighting
 
-# %% ../nbs/40_losses.ipynb #049f803a
+# %% ../nbs/40_losses.ipynb #6bf31985
 def predict(net,             # network: (z of shape (n, ...), u of shape (n,)) -> ŷ of z's shape
             z: torch.Tensor, # noisy data αx + σε, shape (n, ...)
             level: Level,    # the noise level, entries of shape (n,) or ()
@@ -23,7 +23,7 @@ def predict(net,             # network: (z of shape (n, ...), u of shape (n,)) -
     u = network_time(level.logsnr).to(z.dtype)
     return net(z / expand(scale, z), u.expand(len(z)))
 
-# %% ../nbs/40_losses.ipynb #d6b802ae
+# %% ../nbs/40_losses.ipynb #77cf4159
 class DiffusionLoss:
     "A diffusion loss: schedule × target × weighting. `loss(net, x)` gives one value per example."
     def __init__(self,

@@ -11,7 +11,7 @@ from torch import nn
 
 from .core import number
 
-# %% ../nbs/60_networks.ipynb #5c8214b0
+# %% ../nbs/60_networks.ipynb #828a8ac4
 class MLP(nn.Module):
     "Fully connected layers with ReLU between them: net(z, u) -> ŷ; thesis 4.2."
     def __init__(self,

@@ -16,7 +16,7 @@ import torch
 from .core import expand
 from .evaluation import floor_per_logsnr
 
-# %% ../nbs/97_plots.ipynb #f76e97de
+# %% ../nbs/97_plots.ipynb #98957e26
 _palette = sns.color_palette('colorblind').as_hex()
 COLORS = {  # the same thing has the same colour in every figure
     'x': _palette[0], 'eps': _palette[1], 'v': _palette[2], 'score': _palette[3], 'F': _palette[4],
@@ -31,7 +31,7 @@ def use_style() -> None:
                   rc={'figure.dpi': 110, 'savefig.dpi': 150, 'figure.constrained_layout.use': True, 'axes.spines.top': False,
                       'axes.spines.right': False, 'legend.frameon': False, 'svg.hashsalt': 'lfdm', 'figure.figsize': (5, 3)})
 
-# %% ../nbs/97_plots.ipynb #36272cda
+# %% ../nbs/97_plots.ipynb #8e53022d
 def scatter(ax,                # where to draw
             x: torch.Tensor,   # points, shape (n, 2)
             color=COLORS['data'], # of the points
@@ -59,7 +59,7 @@ def plot_forward(dataset,           # the data set
     axes[0].set_ylabel('$z_2$')
     return fig
 
-# %% ../nbs/97_plots.ipynb #a447366e
+# %% ../nbs/97_plots.ipynb #d6594e84
 def plot_loss(run,  # a finished run
              ):     # the figure
     "Test loss over epochs with its floor, and the excess over the floor on a log scale."
@@ -99,7 +99,7 @@ def plot_loss_per_logsnr(run,  # a finished run
     axes[0, 0].legend()
     return fig
 
-# %% ../nbs/97_plots.ipynb #0e22f8bc
+# %% ../nbs/97_plots.ipynb #cadc4b7a
 def plot_samples(run,           # a finished run
                  n: int = 2000, # points of each
                 ):              # the figure

@@ -36,7 +36,7 @@ from .targets import TARGETS
 from .training import TrainState, ValidationSet, train
 from .weightings import WEIGHTINGS
 
-# %% ../nbs/95_runs.ipynb #a6a8704c
+# %% ../nbs/95_runs.ipynb #9b0737fc
 RESULTS_VERSION = 1  # raised by hand when a change of code changes results: old runs are then not taken for new ones
 
 def check_device(name: str,       # 'cpu', 'cuda', 'cuda:1', 'mps', ...
@@ -91,7 +91,7 @@ class Parameters:
         "The loss these parameters name."
         return DiffusionLoss(SCHEDULES[self.schedule](self.logsnr_min, self.logsnr_max), self.target, self.weighting)
 
-# %% ../nbs/95_runs.ipynb #fd050394
+# %% ../nbs/95_runs.ipynb #e42e8c5e
 def parameters_from(namespace: dict,  # a notebook's globals()
                    ) -> Parameters:   # raises ValueError on an unknown name
     "The parameters among a notebook's variables; any other plain value is a misspelt one."
@@ -102,7 +102,7 @@ def parameters_from(namespace: dict,  # a notebook's globals()
         if k not in valid: raise ValueError(unknown('parameter', k, valid))
     return Parameters(**plain)
 
-# %% ../nbs/95_runs.ipynb #d6abd6ea
+# %% ../nbs/95_runs.ipynb #4b34fa64
 FILES = ('params.json', 'metrics.jsonl', 'summary.json', 'model.safetensors', 'samples.npz')
 
 @dataclass
@@ -137,7 +137,7 @@ class Run:
 
     def __repr__(self): return f"Run({self.folder.name}: " + ', '.join(f'{k} {v:.4g}' for k, v in self.summary.items() if isinstance(v, float)) + ')'
 
-# %% ../nbs/95_runs.ipynb #08852b68
+# %% ../nbs/95_runs.ipynb #1b9a7529
 def load_run(folder,     # the run's folder
             ) -> Run:    # raises FileNotFoundError if there is none, ValueError if it is damaged or of another version
     "A finished run from its folder."
@@ -163,7 +163,7 @@ def load_run(folder,     # the run's folder
         raise ValueError(f"run {folder} cannot be read: {e}. Move the folder away and make the run again.") from e
     return Run(folder, parameters, record['environment'], metrics, summary, samples, net.eval())
 
-# %% ../nbs/95_runs.ipynb #4689b969
+# %% ../nbs/95_runs.ipynb #efeef4ca
 def _versions():
     "What the numbers may depend on."
     packages = {p: importlib.metadata.version(p) for p in ('torch', 'numpy')}
@@ -189,17 +189,17 @@ def _summary(parameters, state, samples):
         summary |= {'floor': f, 'excess': report['excess'], 'excess_se': report['excess_se'], 'excess_ratio': report['excess'] / f}
     return summary | {'weights': sum(p.numel() for p in state.net.parameters()), 'distances': judge(samples, dataset, seed=1)}
 
-# %% ../nbs/95_runs.ipynb #6202a76e
+# %% ../nbs/95_runs.ipynb #9ec99900
 def folder_of(parameters: Parameters,  # the run
               study: str = 'train',    # the study it belongs to
-              root=None,               # where runs lie; default: runs/ of the project
-             ) -> Path:                # runs/<study>/<slug>
+              root=None,               # where runs lie; default: $LFDM_RUNS, or else runs/ of the project
+             ) -> Path:                # <root>/<study>/<slug>
     "Where a run's record lies."
-    return Path(root or project_root() / 'runs') / study / parameters.slug()
+    return Path(root or os.environ.get('LFDM_RUNS') or project_root() / 'runs') / study / parameters.slug()
 
 def make_run(parameters: Parameters, # what to run
              study: str = 'train',   # the study it belongs to
-             root=None,              # where runs lie; default: runs/ of the project
+             root=None,              # where runs lie; default: $LFDM_RUNS, or else runs/ of the project
              progress=None,          # called as progress(phase, done, total)
             ) -> Run:                # raises ValueError, OSError, RuntimeError, FloatingPointError
     "Load the run if it is finished, resume it if it was cut short, else make it."
@@ -240,7 +240,7 @@ def _train_into(work, parameters, progress):
                                        'environment': _versions() | {'seconds': round(time.perf_counter() - began, 1)}})
     checkpoint.unlink()
 
-# %% ../nbs/95_runs.ipynb #0c331670
+# %% ../nbs/95_runs.ipynb #0c6c7683
 def progress_bar():  # a callback for make_run
     "A progress bar for each phase of a run."
     from tqdm import tqdm
@@ -251,7 +251,7 @@ def progress_bar():  # a callback for make_run
         if done == total: bars[phase].close()
     return progress
 
-# %% ../nbs/95_runs.ipynb #6f1268d5
+# %% ../nbs/95_runs.ipynb #d8385db0
 def summary_table(run: Run,  # a finished run
                  ) -> str:   # Markdown
     "The final numbers of a run, as a Markdown table."

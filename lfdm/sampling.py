@@ -13,7 +13,7 @@ from .losses import predict
 from .schedules import SCHEDULES, Level, Schedule, posterior
 from .targets import TARGETS, Target
 
-# %% ../nbs/80_sampling.ipynb #161aa291
+# %% ../nbs/80_sampling.ipynb #f80b14cf
 def network_denoiser(net,    # network: net(z, u) -> ŷ
                      target, # what it predicts: name, class or instance
                     ):       # denoiser(z, level) -> (x̂, ε̂)
@@ -34,7 +34,7 @@ def exact_denoiser(dataset,  # a data set with an exact `denoise`
         return x_hat, (z - alpha * x_hat) / sigma
     return denoiser
 
-# %% ../nbs/80_sampling.ipynb #ce97b8f2
+# %% ../nbs/80_sampling.ipynb #440bd75b
 def ancestral_step(denoiser,        # denoiser(z, level) -> (x̂, ε̂)
                    z: torch.Tensor, # z_t, shape (n, ...)
                    s: Level,        # the cleaner level, to go to
@@ -46,7 +46,7 @@ def ancestral_step(denoiser,        # denoiser(z, level) -> (x̂, ε̂)
     k_z, k_x, variance = posterior(s, t)
     return k_z * z + k_x * x_hat + variance**0.5 * noise
 
-# %% ../nbs/80_sampling.ipynb #febde3cd
+# %% ../nbs/80_sampling.ipynb #be49a797
 def ddim_step(denoiser,        # denoiser(z, level) -> (x̂, ε̂)
               z: torch.Tensor, # z_t, shape (n, ...)
               s: Level,        # the cleaner level, to go to
@@ -57,10 +57,10 @@ def ddim_step(denoiser,        # denoiser(z, level) -> (x̂, ε̂)
     x_hat, eps_hat = denoiser(z, t)
     return s.alpha * x_hat + s.sigma * eps_hat
 
-# %% ../nbs/80_sampling.ipynb #578d0b1d
+# %% ../nbs/80_sampling.ipynb #18853a87
 SAMPLERS = {'ancestral': ancestral_step, 'ddim': ddim_step}
 
-# %% ../nbs/80_sampling.ipynb #01c9733e
+# %% ../nbs/80_sampling.ipynb #cf3a2e57
 def sampling(denoiser,       # denoiser(z, level) -> (x̂, ε̂)
              shape,          # of the samples: (n, ...)
              steps: int = 512,       # T, the number of steps
@@ -88,7 +88,7 @@ def _sampling(denoiser, shape, steps, schedule, step, generator, dtype):
             raise FloatingPointError(f"samples stopped being finite at step {i} of {steps}, at logsnr {s.logsnr:.4g}.")
         yield i, s, z
 
-# %% ../nbs/80_sampling.ipynb #3638409c
+# %% ../nbs/80_sampling.ipynb #8b9b394e
 def sample(denoiser,         # denoiser(z, level) -> (x̂, ε̂)
            n: int,           # number of samples
            dim: int = 2,     # their dimension

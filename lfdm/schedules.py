@@ -14,21 +14,21 @@ import torch
 
 from .core import as_number, is_symbolic, maths, number, unknown
 
-# %% ../nbs/10_schedules.ipynb #73773e9d
+# %% ../nbs/10_schedules.ipynb #5ad25ae5
 class Level(NamedTuple):
     "A noise level: λ = log α²/σ² with the scales of signal and noise."
     logsnr: torch.Tensor  # λ
     alpha: torch.Tensor   # α, scale of the signal
     sigma: torch.Tensor   # σ, scale of the noise
 
-# %% ../nbs/10_schedules.ipynb #3fbd7a01
+# %% ../nbs/10_schedules.ipynb #06b7c743
 def transition(s: Level,  # the cleaner level, λ_s > λ_t
                t: Level,  # the noisier level
               ) -> tuple: # (α_{t|s}, σ²_{t|s})
     "Mean factor and variance of q(z_t given z_s); thesis (3.1)."
     return t.alpha / s.alpha, -t.sigma**2 * maths(t.logsnr).expm1(t.logsnr - s.logsnr)
 
-# %% ../nbs/10_schedules.ipynb #8573fd9e
+# %% ../nbs/10_schedules.ipynb #d44801cb
 def posterior(s: Level,  # the cleaner level, to which the step goes
               t: Level,  # the noisier level, where z_t is
              ) -> tuple: # (factor on z_t, factor on x, variance σ_Q²)
@@ -36,7 +36,7 @@ def posterior(s: Level,  # the cleaner level, to which the step goes
     a_ts, var_ts = transition(s, t)
     return a_ts * (s.sigma / t.sigma)**2, s.alpha * var_ts / t.sigma**2, var_ts * (s.sigma / t.sigma)**2
 
-# %% ../nbs/10_schedules.ipynb #903d9cbc
+# %% ../nbs/10_schedules.ipynb #9af1587c
 class Schedule:
     "A path of noise levels over t in [0, 1], cut to [logsnr_min, logsnr_max]. Subclasses give `path`, `inverse`, `slope`."
     name = None
@@ -93,7 +93,7 @@ class Schedule:
     def sigma(self, t): "σ(t)."; return self.level(t).sigma
     def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v:g}' for k, v in vars(self).items() if k[0] != '_')})"
 
-# %% ../nbs/10_schedules.ipynb #331b5d74
+# %% ../nbs/10_schedules.ipynb #73c07347
 class CosineSchedule(Schedule):
     "Variance preserving, α = cos(πt/2), σ = sin(πt/2) before truncation; thesis (3.3)."
     name = 'cosine'
@@ -107,7 +107,7 @@ class CosineSchedule(Schedule):
         m = maths(logsnr)
         return -2 * m.pi * m.cosh(logsnr / 2)
 
-# %% ../nbs/10_schedules.ipynb #8272d05d
+# %% ../nbs/10_schedules.ipynb #6a814675
 class LinearSchedule(Schedule):
     "Variance preserving, DDPM's linear β in continuous time: log α² = -(β_min t + (β_max - β_min) t²/2)."
     name = 'linear'
@@ -132,7 +132,7 @@ class LinearSchedule(Schedule):
         return -beta / maths(logsnr).sigmoid(-logsnr)
     def reach(self): return float(self.path(as_number(1.))), math.inf
 
-# %% ../nbs/10_schedules.ipynb #8649650c
+# %% ../nbs/10_schedules.ipynb #db5d2506
 class VESchedule(Schedule):
     "Variance exploding, α = 1 and σ geometric in t: λ falls linearly."
     name = 've'
@@ -149,10 +149,10 @@ class VESchedule(Schedule):
         "(α, σ) at λ, variance exploding: α = 1, σ² = e^-λ; Kingma & Gao (63, 64)."
         return 0 * logsnr + 1, maths(logsnr).exp(-logsnr / 2)
 
-# %% ../nbs/10_schedules.ipynb #4f170d55
+# %% ../nbs/10_schedules.ipynb #5d64b11b
 SCHEDULES = {'cosine': CosineSchedule, 'linear': LinearSchedule, 've': VESchedule}
 
-# %% ../nbs/10_schedules.ipynb #07e45b24
+# %% ../nbs/10_schedules.ipynb #419faca4
 def sample_times(n: int,                     # batch size
                  generator: torch.Generator = None, # source of randomness; default: torch's own
                  device=None,                # where the times go; default: the generator's device
@@ -168,7 +168,7 @@ def sample_times(n: int,                     # batch size
     tiny = torch.finfo(dtype).eps / 2
     return u.to(dtype).clamp(tiny, 1 - tiny)
 
-# %% ../nbs/10_schedules.ipynb #ec8439f3
+# %% ../nbs/10_schedules.ipynb #29e1eb3b
 def network_time(logsnr: torch.Tensor,  # λ
                 ) -> torch.Tensor:      # u in (0, 1)
     "The time a network is given for a noise level: the cosine time of λ."

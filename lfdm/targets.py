@@ -8,7 +8,7 @@ __all__ = ['TARGETS', 'Target', 'nonzero', 'X', 'Eps', 'V', 'Score', 'convert']
 # %% ../nbs/20_targets.ipynb #e8556786
 from .core import expand, instance, is_symbolic, lookup
 
-# %% ../nbs/20_targets.ipynb #667a50d2
+# %% ../nbs/20_targets.ipynb #2fc1df71
 class Target:
     "What a network predicts. Subclasses give `encode`, `to_x`, `to_eps` and `eps_ratio` in plain arithmetic."
     name = None
@@ -18,7 +18,7 @@ class Target:
     def eps_ratio(self, alpha, sigma): raise NotImplementedError
     def __repr__(self): return f"{type(self).__name__}()"
 
-# %% ../nbs/20_targets.ipynb #38dace10
+# %% ../nbs/20_targets.ipynb #0f9c659d
 def nonzero(scale,      # α or σ: number, tensor or symbol
             symbol: str, # 'alpha' or 'sigma', for the message
             what: str,   # the conversion, for the message
@@ -29,7 +29,7 @@ def nonzero(scale,      # α or σ: number, tensor or symbol
                                 f"Choose a finite logsnr range, or a target that is defined there ('v' always is).")
     return scale
 
-# %% ../nbs/20_targets.ipynb #5231c74a
+# %% ../nbs/20_targets.ipynb #93680549
 class X(Target):
     "The data, y = x."
     name = 'x'
@@ -38,7 +38,7 @@ class X(Target):
     def to_eps(self, y_hat, z, alpha, sigma): return (z - alpha * y_hat) / nonzero(sigma, 'sigma', 'eps from x')
     def eps_ratio(self, alpha, sigma): return alpha**2 / sigma**2
 
-# %% ../nbs/20_targets.ipynb #b5d6038d
+# %% ../nbs/20_targets.ipynb #00c64e45
 class Eps(Target):
     "The noise, y = ε."
     name = 'eps'
@@ -47,7 +47,7 @@ class Eps(Target):
     def to_eps(self, y_hat, z, alpha, sigma): return y_hat
     def eps_ratio(self, alpha, sigma): return 0 * alpha + 1
 
-# %% ../nbs/20_targets.ipynb #cb2e257e
+# %% ../nbs/20_targets.ipynb #230d3eb0
 class V(Target):
     "The angular velocity, y = (αε - σx)/√(α²+σ²); thesis (3.55)."
     name = 'v'
@@ -60,7 +60,7 @@ class V(Target):
         return (sigma * z + alpha * n2**0.5 * y_hat) / n2
     def eps_ratio(self, alpha, sigma): return alpha**2 / (alpha**2 + sigma**2)
 
-# %% ../nbs/20_targets.ipynb #10254980
+# %% ../nbs/20_targets.ipynb #ec4c8eeb
 class Score(Target):
     "The score of q(z given x), y = -ε/σ; thesis (3.53)."
     name = 'score'
@@ -69,10 +69,10 @@ class Score(Target):
     def to_eps(self, y_hat, z, alpha, sigma): return -sigma * y_hat
     def eps_ratio(self, alpha, sigma): return sigma**2
 
-# %% ../nbs/20_targets.ipynb #3bd57bb5
+# %% ../nbs/20_targets.ipynb #47829135
 TARGETS = {'x': X, 'eps': Eps, 'v': V, 'score': Score}
 
-# %% ../nbs/20_targets.ipynb #bf42d91f
+# %% ../nbs/20_targets.ipynb #1df4482b
 def convert(y_hat,   # prediction of `source`
             source,  # the target predicted: name, class or instance
             target,  # the target wanted: name, class or instance

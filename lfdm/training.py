@@ -18,7 +18,7 @@ from torch import nn
 from .core import expand, number
 from .losses import DiffusionLoss, predict
 
-# %% ../nbs/70_training.ipynb #2dd7675b
+# %% ../nbs/70_training.ipynb #ddf2b182
 class ValidationSet:
     "Fixed (x, ε, t), spread evenly over λ: the loss overall and per λ, and the excess over the best possible."
     def __init__(self,
@@ -59,7 +59,7 @@ class ValidationSet:
         if self.best is not None: report |= self._statistics('excess', self.loss.error(self.best, y_hat, self.level))
         return report
 
-# %% ../nbs/70_training.ipynb #b0644b73
+# %% ../nbs/70_training.ipynb #e94ac51d
 class TrainState:
     "A training run at the end of an epoch: everything needed to go on from there."
     def __init__(self,
@@ -109,7 +109,7 @@ class TrainState:
         self.generator.set_state(generator)
         self.epoch, self.history = epoch, history
 
-# %% ../nbs/70_training.ipynb #f03020ce
+# %% ../nbs/70_training.ipynb #88d6c3d9
 def train(state: TrainState,     # the state to go on from; changed in place
           loss: DiffusionLoss,   # the loss to minimize
           x: torch.Tensor,       # training data, shape (n, ...), on the network's device

@@ -12,7 +12,7 @@ from .core import instance, maths
 from .schedules import SCHEDULES, Schedule
 from .targets import TARGETS, Target
 
-# %% ../nbs/30_weightings.ipynb #39df0ac6
+# %% ../nbs/30_weightings.ipynb #42dd81ef
 class Weighting:
     "How much each noise level counts. Subclasses give `eps_factor`; most derive from `LogSNRWeighting` or `EpsFactor`."
     name = None
@@ -34,7 +34,7 @@ class EpsFactor(Weighting):
     def g(self, logsnr): raise NotImplementedError
     def eps_factor(self, logsnr, schedule, target): return self.g(logsnr)
 
-# %% ../nbs/30_weightings.ipynb #2b1510ee
+# %% ../nbs/30_weightings.ipynb #9467ca07
 class NELBO(LogSNRWeighting):
     "The negative evidence lower bound, w(λ) = 1; thesis (3.21, 3.26, 3.51, 3.60)."
     name = 'nelbo'
@@ -51,10 +51,10 @@ class Rescaled(EpsFactor):
     name = 'rescaled'
     def g(self, logsnr): return maths(logsnr).exp(-logsnr)
 
-# %% ../nbs/30_weightings.ipynb #7f0aba15
+# %% ../nbs/30_weightings.ipynb #f2e4c302
 WEIGHTINGS = {'nelbo': NELBO, 'weighted': Weighted, 'rescaled': Rescaled}
 
-# %% ../nbs/30_weightings.ipynb #d8a78ebf
+# %% ../nbs/30_weightings.ipynb #c8b9acac
 def implied_w(logsnr,    # λ, a tensor or a symbol
               schedule,  # name, class or instance
               target,    # name, class or instance

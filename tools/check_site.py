@@ -1,0 +1,99 @@
+"""Open every page of the built site in a browser: no errors, nothing missing, all math rendered.
+
+It needs what the tests do not: playwright, a Chromium, and KaTeX, which the pages load from the
+web, as its npm package in the version they name.
+
+    make docs
+    npm pack katex@0.16.11 && tar xf katex-*.tgz   # makes the folder `package`
+    pip install playwright                         # in an environment of its own
+    python tools/check_site.py --katex package --chromium "$(command -v chromium)"
+
+Requests to a CDN for katex are answered from that folder, every other address off the site is
+refused and reported. Exit status 0: all pages are right, or there is no playwright here.
+"""
+import argparse
+import functools
+import http.server
+import sys
+import threading
+from pathlib import Path
+from urllib.parse import urlparse
+
+SITE = Path(__file__).resolve().parent.parent / "_docs"
+# What a reader sees of math that did not render: a formula still in its delimiters, or KaTeX's red.
+UNRENDERED = """() => {
+    const raw = [...document.querySelectorAll('.math')].filter(m => !m.querySelector('.katex, mjx-container'));
+    const red = [...document.querySelectorAll('.katex-error, mjx-merror')];
+    const loose = [...document.querySelectorAll('main p, main td, main li, main figcaption')]
+        .filter(e => !e.querySelector('.katex') && /\\\\\\(|\\\\\\[|\\$[^$\\s][^$]*\\$/.test(e.innerText));
+    return [...raw, ...red, ...loose].map(e => e.textContent.trim().slice(0, 80));
+}"""
+BROKEN = "() => [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(0, 80))"
+COUNT = "() => document.querySelectorAll('.katex, mjx-container').length"
+
+
+def serve(folder):
+    "Serve a folder on a free port of this machine; its address."
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args): pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_port}"
+
+
+def answer(route, home, katex, troubles):
+    "Let the site's own requests through, and answer those for KaTeX from its npm package."
+    url = route.request.url
+    if url.startswith((home, "data:", "blob:")): return route.continue_()
+    local = katex / "dist" / urlparse(url).path.partition("/dist/")[2] if katex and "katex" in url else None
+    if local and local.is_file(): return route.fulfill(path=local, headers={"Access-Control-Allow-Origin": "*"})
+    troubles.append(f"asks the web for {url}")
+    route.abort()
+
+
+def check(browser, home, page_path, args):
+    "Open one page, in one colour scheme after the other; the number of formulas and what is wrong."
+    troubles = []
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.route("**/*", lambda route: answer(route, home, args.katex, troubles))
+    page.on("console", lambda message: message.type == "error" and troubles.append(f"console: {message.text}"))
+    page.on("pageerror", lambda error: troubles.append(f"error: {error}"))
+    page.on("response", lambda r: r.status >= 400 and troubles.append(f"{r.status}: {r.url}"))
+    page.goto(f"{home}/{page_path}", wait_until="networkidle")
+    troubles += [f"math not rendered: {text}" for text in page.evaluate(UNRENDERED)]
+    troubles += [f"image missing: {src}" for src in page.evaluate(BROKEN)]
+    formulas = page.evaluate(COUNT)
+    if args.shots:
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            page.screenshot(path=args.shots / f"{Path(page_path).stem}-{scheme}.png", full_page=True)
+    page.close()
+    return formulas, list(dict.fromkeys(troubles))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--katex", type=Path, help="the unpacked npm package katex")
+    parser.add_argument("--chromium", help="the browser's program (without it, the one playwright installed)")
+    parser.add_argument("--shots", type=Path, help="a folder for screenshots, light and dark")
+    args = parser.parse_args()
+    try: from playwright.sync_api import sync_playwright
+    except ModuleNotFoundError: return print("skipped: playwright is not installed here")
+    pages = sorted(str(path.relative_to(SITE)) for path in SITE.rglob("*.html"))
+    if not pages: sys.exit("there is no site in _docs: run `make docs`")
+    if args.shots: args.shots.mkdir(parents=True, exist_ok=True)
+
+    home, bad = serve(SITE), 0
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=args.chromium, args=["--no-sandbox"])
+        for page in pages:
+            formulas, troubles = check(browser, home, page, args)
+            print(f"{page}: {formulas} formulas, {'ok' if not troubles else f'{len(troubles)} wrong'}")
+            for trouble in troubles: print("   ", trouble)
+            bad += bool(troubles)
+        browser.close()
+    print(f"{len(pages) - bad} pages right, {bad} wrong")
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__": main()
