@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['unknown', 'lookup', 'instance', 'number', 'expand', 'is_symbolic', 'maths', 'as_number', 'prove', 'project_root']
 
-# %% ../nbs/00_core.ipynb #4b44ddb6
+# %% ../nbs/00_core.ipynb #6326c1cb
 import difflib
 import math
+from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,7 +47,7 @@ def instance(registry: dict,  # name -> class
         raise TypeError(f"{kind} must be a name ({', '.join(map(repr, registry))}) or a {base.__name__}, not {choice!r}.")
     return choice
 
-# %% ../nbs/00_core.ipynb #2a3a228f
+# %% ../nbs/00_core.ipynb #d97fcfc9
 def number(name: str,              # the parameter's name, for the message
            value,                  # the value to check
            low: float = -math.inf, # smallest allowed value
@@ -56,10 +57,10 @@ def number(name: str,              # the parameter's name, for the message
           ) -> float:              # the value as a float, or an int if `integer`; raises TypeError or ValueError
     "A checked number."
     what = "a whole number" if integer else "a number"
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {what}, not {value!r} ({type(value).__name__}).")
-    if math.isnan(value): raise ValueError(f"{name} must be {what}, not nan.")
-    if integer and (math.isinf(value) or value != int(value)):
+    if value != value: raise ValueError(f"{name} must be {what}, not nan.")
+    if integer and (abs(value) == math.inf or value != int(value)):
         raise ValueError(f"{name} must be a whole number, not {value!r}.")
     if value < low or value > high or (above and value == low):
         bound = f"{'greater than' if above else 'at least'} {low:g}" if high == math.inf else \
@@ -67,24 +68,25 @@ def number(name: str,              # the parameter's name, for the message
         raise ValueError(f"{name} must be {bound}, not {value!r}.")
     return int(value) if integer else float(value)
 
-# %% ../nbs/00_core.ipynb #a8f99b73
+# %% ../nbs/00_core.ipynb #75548613
 def expand(scale,             # a number, or a tensor of shape (), (n,) or (n, 1, ...)
            x: torch.Tensor,   # data, shape (n, ...)
           ):                  # `scale` shaped to multiply `x` example by example; raises ValueError if it cannot
     "Reshape per-example scales to broadcast over the data's dimensions."
-    if not torch.is_tensor(scale) or scale.ndim == 0: return scale
+    if isinstance(scale, (int, float)) or torch.is_tensor(scale) and scale.ndim == 0: return scale
+    if not torch.is_tensor(scale): raise TypeError(f"a scale must be a number or a tensor, not {scale!r}.")
     if scale.shape[0] not in (1, x.shape[0]) or any(d != 1 for d in scale.shape[1:]):
         raise ValueError(f"scale of shape {tuple(scale.shape)} is not one number per example of data of shape {tuple(x.shape)}.")
     return scale.reshape(scale.shape[0], *(1,) * (x.ndim - 1))
 
-# %% ../nbs/00_core.ipynb #ebdcd853
+# %% ../nbs/00_core.ipynb #69b1ef3b
 def is_symbolic(t,  # anything
                ) -> bool:
     "Is it a sympy expression?"
     return type(t).__module__.split('.')[0] == 'sympy' or hasattr(t, 'free_symbols')
 
 def maths(t,  # a tensor or a sympy expression
-         ) -> SimpleNamespace:  # log, exp, sqrt, sin, atan, expm1, log1p, softplus, sigmoid, cosh and pi
+         ) -> SimpleNamespace:  # log, exp, sqrt, sin, cos, atan, cosh, expm1, log1p, softplus, sigmoid and pi
     "The elementary functions that fit the argument's type: one formula serves code and proof."
     if not is_symbolic(t):
         return SimpleNamespace(pi=math.pi, softplus=lambda y: torch.logaddexp(y, torch.zeros_like(y)),
@@ -94,12 +96,14 @@ def maths(t,  # a tensor or a sympy expression
                            expm1=lambda y: sympy.exp(y) - 1, log1p=lambda y: sympy.log(1 + y),
                            softplus=lambda y: sympy.log(1 + sympy.exp(y)), sigmoid=lambda y: 1 / (1 + sympy.exp(-y)))
 
-# %% ../nbs/00_core.ipynb #cc2b6a40
+# %% ../nbs/00_core.ipynb #06c83322
 def as_number(t,  # a float, an int, a tensor or a sympy expression
              ):   # a floating-point tensor, or the expression unchanged
     "Floats become float64 tensors; tensors keep their dtype; symbols stay symbols."
     if is_symbolic(t): return t
-    if not torch.is_tensor(t): t = torch.as_tensor(t, dtype=torch.float64)
+    if not torch.is_tensor(t):
+        try: t = torch.as_tensor(None if isinstance(t, bool) else t, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError): raise TypeError(f"expected floating-point numbers, not {t!r}.") from None
     if not t.is_floating_point(): raise TypeError(f"expected floating-point values, not {t.dtype}.")
     return t
 

@@ -6,22 +6,22 @@
 __all__ = ['DISTANCES', 'floor_per_logsnr', 'floor', 'mean_distance', 'covariance_distance', 'directions', 'sliced_wasserstein',
            'noise_floor', 'judge']
 
-# %% ../nbs/90_evaluation.ipynb #838171ba
+# %% ../nbs/90_evaluation.ipynb #8e6e6ec1
 import math
 
 import torch
 
-from .core import number
-from .data import NoDensity
+from .core import as_number, number
 from .losses import DiffusionLoss
 from .weightings import implied_w
 
-# %% ../nbs/90_evaluation.ipynb #2a20cc21
+# %% ../nbs/90_evaluation.ipynb #97e08f6b
 def floor_per_logsnr(loss: DiffusionLoss, # the loss
                      dataset,             # a data set with exact references
                      logsnr,              # λ, any shape
                     ):                    # w(λ) times the smallest possible noise error, λ's shape
     "The floor's integrand: the smallest loss per unit of λ."
+    logsnr = as_number(logsnr)
     return implied_w(logsnr, loss.schedule, loss.target, loss.weighting) * dataset.eps_floor(logsnr)
 
 def floor(loss: DiffusionLoss,  # the loss; its floor is over its schedule's range of λ
@@ -30,25 +30,39 @@ def floor(loss: DiffusionLoss,  # the loss; its floor is over its schedule's ran
          ) -> float:            # mean over dimensions, without the ½; raises NoDensity if the set has no density
     "The value of the loss at the Bayes-optimal denoiser, by quadrature in float64."
     from scipy.integrate import simpson
-    low, high = (max(-80., min(80., l)) for l in (loss.schedule.logsnr_min, loss.schedule.logsnr_max))
-    logsnr = torch.linspace(low, high, points, dtype=torch.float64)
-    inside = logsnr.clamp(low + 1e-9, high - 1e-9)
-    return float(simpson(floor_per_logsnr(loss, dataset, inside).numpy(), x=logsnr.numpy()))
+    low, high = (max(-700., min(700., l)) for l in (loss.schedule.logsnr_min, loss.schedule.logsnr_max))
+    cuts = sorted({low, high, *(c for c in (-80., 80.) if low < c < high)})   # fine where the data are, coarse beyond
+    total = 0.
+    for a, b in zip(cuts, cuts[1:]):
+        logsnr = torch.linspace(a, b, points, dtype=torch.float64)
+        density = floor_per_logsnr(loss, dataset, logsnr)
+        total += float(simpson(density.numpy(), x=logsnr.numpy()))
+    for end, l in ((high, loss.schedule.logsnr_max), (low, loss.schedule.logsnr_min)):
+        if math.isinf(l) and floor_per_logsnr(loss, dataset, torch.tensor(end, dtype=torch.float64)) > 1e-9: return math.inf
+    return total
 
-# %% ../nbs/90_evaluation.ipynb #98847386
+# %% ../nbs/90_evaluation.ipynb #ad90e6a5
+def _comparable(x, y):
+    "Refuse samples that cannot be compared."
+    for s in (x, y):
+        if s.ndim != 2 or not len(s) or s.shape[1:] != x.shape[1:]:
+            raise ValueError(f"expected samples of shape (n, D) and (m, D), not {tuple(x.shape)} and {tuple(y.shape)}.")
+
 def mean_distance(x: torch.Tensor,  # samples, shape (n, D)
                   y: torch.Tensor,  # other samples, shape (m, D)
                  ) -> float:        # Euclidean distance of the two means
     "Distance of the means; thesis (4.2)."
+    _comparable(x, y)
     return (x.double().mean(0) - y.double().mean(0)).norm().item()
 
 def covariance_distance(x: torch.Tensor, # samples, shape (n, D)
                         y: torch.Tensor, # other samples, shape (m, D)
                        ) -> float:       # Frobenius distance of the two covariance matrices
     "Distance of the covariances; thesis (4.3)-(4.5)."
+    _comparable(x, y)
     return (torch.cov(x.double().T) - torch.cov(y.double().T)).norm().item()
 
-# %% ../nbs/90_evaluation.ipynb #0d702a99
+# %% ../nbs/90_evaluation.ipynb #296cd670
 def directions(dim: int,         # D
                n: int = 128,     # how many
                seed: int = 0,    # for D > 2
@@ -66,19 +80,15 @@ def sliced_wasserstein(x: torch.Tensor,  # samples, shape (n, D)
                        seed: int = 0,    # of the directions, for D > 2
                       ) -> float:        # in units of the data
     "The sliced Wasserstein-2 distance: root mean square over directions and quantiles."
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"expected samples of shape (n, D) and (m, D), not {tuple(x.shape)} and {tuple(y.shape)}.")
+    _comparable(x, y)
     v = directions(x.shape[1], number('projections', projections, low=1, integer=True), seed)
-    n = max(len(x), len(y))
-    quantiles = [_quantiles((s.double().cpu() @ v.T).sort(0).values, n) for s in (x, y)]
-    return (quantiles[0] - quantiles[1]).square().mean().sqrt().item()
+    x, y = ((s.double().cpu() @ v.T).sort(0).values for s in (x, y))
+    n, m = len(x), len(y)
+    cuts = torch.cat([torch.arange(n + 1) * m, torch.arange(m + 1) * n]).unique()   # where either quantile function steps, in units of 1/nm
+    gap = x[cuts[:-1] // m] - y[cuts[:-1] // n]
+    return (gap.square().mean(1) @ cuts.diff().double() / (n * m)).sqrt().item()
 
-def _quantiles(ordered, n):
-    "The step quantile function of each column at n midpoints."
-    if len(ordered) == n: return ordered
-    return ordered[((torch.arange(n) + 0.5) * len(ordered) / n).long()]
-
-# %% ../nbs/90_evaluation.ipynb #765263ae
+# %% ../nbs/90_evaluation.ipynb #1fa1b4a9
 DISTANCES = {'mean_distance': mean_distance, 'covariance_distance': covariance_distance, 'sliced_wasserstein': sliced_wasserstein}
 
 def noise_floor(distance,      # distance(x, y) -> float
@@ -89,11 +99,13 @@ def noise_floor(distance,      # distance(x, y) -> float
                 seed: int = 1000,  # pairs use the seeds from here on
                ) -> tuple:     # (mean, standard deviation) over the pairs
     "The distance between two fresh sets of real samples."
-    values = [distance(dataset.sample(n, seed=seed + 2 * i), dataset.sample(m or n, seed=seed + 2 * i + 1)) for i in range(repeats)]
+    n, m = number('n', n, low=1, integer=True), number('m', n if m is None else m, low=1, integer=True)
+    repeats = number('repeats', repeats, low=2, integer=True)
+    values = [distance(dataset.sample(n, seed=seed + 2 * i), dataset.sample(m, seed=seed + 2 * i + 1)) for i in range(repeats)]
     values = torch.tensor(values, dtype=torch.float64)
     return values.mean().item(), values.std().item()
 
-# %% ../nbs/90_evaluation.ipynb #ee53fa17
+# %% ../nbs/90_evaluation.ipynb #7332374a
 def judge(samples: torch.Tensor,  # generated, shape (n, D)
           dataset,                # the data set they imitate
           seed: int = 0,          # of the real samples compared with
@@ -103,6 +115,7 @@ def judge(samples: torch.Tensor,  # generated, shape (n, D)
     real = dataset.sample(len(samples), seed=seed, split='test')
     report = {}
     for name, distance in DISTANCES.items():
+        value = distance(samples.cpu(), real)
         noise, sd = noise_floor(distance, dataset, len(samples), repeats=repeats)
-        report[name] = {'value': distance(samples.cpu(), real), 'noise': noise, 'noise_sd': sd}
+        report[name] = {'value': value, 'noise': noise, 'noise_sd': sd}
     return report

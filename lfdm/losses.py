@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['predict', 'DiffusionLoss']
 
-# %% ../nbs/40_losses.ipynb #b3961a2b
+# %% ../nbs/40_losses.ipynb #30ffd3bc
 import torch
 
-from .core import expand, instance
-from .schedules import SCHEDULES, Level, Schedule, network_time, posterior, sample_times
+from .core import as_number, expand, instance
+from .schedules import SCHEDULES, Level, Schedule, network_time, sample_times
 from .targets import TARGETS, Target
 from .weightings import WEIGHTINGS, Weighting
 
@@ -23,14 +23,24 @@ def predict(net,             # network: (z of shape (n, ...), u of shape (n,)) -
     u = network_time(level.logsnr).to(z.dtype)
     return net(z / expand(scale, z), u.expand(len(z)))
 
-# %% ../nbs/40_losses.ipynb #77cf4159
+# %% ../nbs/40_losses.ipynb #1681b7e2
+def _described(a): return f"{a.dtype} of shape {tuple(a.shape)} on {a.device}" if torch.is_tensor(a) else f"{type(a).__name__} {a!r:.60}"
+
+def _batch(name: str,  # what it is, for the message
+           a,          # what must be a floating-point tensor of shape (n, ...), n > 0
+          ):           # raises TypeError
+    "Refuse what is no batch of data."
+    if not torch.is_tensor(a) or not a.is_floating_point() or a.ndim < 2 or not len(a):
+        raise TypeError(f"{name} must be floating-point data of shape (n, ...), not {_described(a)}.")
+
+# %% ../nbs/40_losses.ipynb #47fa3813
 class DiffusionLoss:
     "A diffusion loss: schedule × target × weighting. `loss(net, x)` gives one value per example."
     def __init__(self,
                  schedule='cosine',    # how noise levels are visited: name, class or instance
                  target='eps',         # what the network predicts: name, class or instance
                  weighting='weighted', # how much each level counts: name, class or instance
-                ):                     # raises ValueError on an unknown name
+                ):                     # raises ValueError on an unknown name, TypeError on anything else
         self.schedule = instance(SCHEDULES, schedule, 'schedule', Schedule)
         self.target = instance(TARGETS, target, 'target', Target)
         self.weighting = instance(WEIGHTINGS, weighting, 'weighting', Weighting)
@@ -47,14 +57,26 @@ class DiffusionLoss:
         "The factor on the noise's squared error at time t: `factor` over r_y."
         return self.weighting.eps_factor(self.schedule.logsnr(t), self.schedule, self.target)
 
+    def times(self,
+              t,               # times in [0, 1]: a number, or one per example
+              x: torch.Tensor, # the data they are for, shape (n, ...)
+             ) -> torch.Tensor: # (n,) of x's dtype; raises ValueError outside [0, 1] or where the factor is not finite
+        "Times given by the caller, checked."
+        t = as_number(t)
+        if t.ndim > 1 or t.numel() not in (1, len(x)): raise ValueError(f"t has shape {tuple(t.shape)}, but x has {len(x)} examples.")
+        if not ((0 <= t) & (t <= 1)).all(): raise ValueError(f"t must lie in [0, 1], not {t}.")
+        t = t.to(x.device, x.dtype).expand(len(x))
+        if not self.factor(t).isfinite().all():
+            raise ValueError(f"{self} has no finite factor where alpha or sigma is 0. Choose a finite logsnr range.")
+        return t
+
     def noisy(self,
               x: torch.Tensor,   # clean data, shape (n, ...)
               t: torch.Tensor,   # times, shape (n,)
               eps: torch.Tensor, # noise, x's shape
              ) -> tuple:         # (z, y, level): noisy data, the target's true value, the noise level
         "What the network is shown and what it should answer: z = αx + σε and y."
-        if eps.shape != x.shape: raise ValueError(f"eps has shape {tuple(eps.shape)}, but x has {tuple(x.shape)}.")
-        level = self.schedule.level(torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x)))
+        level = self.schedule.level(t)
         alpha, sigma = expand(level.alpha, x), expand(level.sigma, x)
         return alpha * x + sigma * eps, self.target.encode(x, eps, alpha, sigma), level
 
@@ -64,6 +86,7 @@ class DiffusionLoss:
               level: Level,        # the noise level, entries of shape (n,)
              ) -> torch.Tensor:    # (n,): factor · mean over dimensions of (y - ŷ)²
         "The weighted squared error of a prediction."
+        if not torch.is_tensor(y_hat): raise TypeError(f"the network returned {_described(y_hat)}, not a tensor.")
         if y_hat.shape != y.shape: raise ValueError(f"the network returned shape {tuple(y_hat.shape)} for data of shape {tuple(y.shape)}.")
         return self.weighting.factor(level.logsnr, self.schedule, self.target) * (y - y_hat.to(y.dtype)).square().flatten(1).mean(1)
 
@@ -75,8 +98,11 @@ class DiffusionLoss:
                  generator: torch.Generator = None, # source of t and eps; default: torch's own
                 ) -> torch.Tensor:        # (n,), one value per example
         "The loss of each example; thesis (3.21)-(3.64) with its mean over dimensions and without its ½."
-        if t is None: t = sample_times(len(x), generator, x.device, x.dtype)
+        _batch('x', x)
+        t = sample_times(len(x), generator, x.device, x.dtype) if t is None else self.times(t, x)
         if eps is None: eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        elif not torch.is_tensor(eps) or (eps.shape, eps.dtype, eps.device) != (x.shape, x.dtype, x.device):
+            raise ValueError(f"eps must be like x, {_described(x)}, not {_described(eps)}.")
         z, y, level = self.noisy(x, t, eps)
         return self.error(y, predict(net, z, level), level)
 

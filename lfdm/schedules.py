@@ -6,13 +6,13 @@
 __all__ = ['SCHEDULES', 'Level', 'transition', 'posterior', 'Schedule', 'CosineSchedule', 'LinearSchedule', 'VESchedule',
            'sample_times', 'network_time', 'network_logsnr']
 
-# %% ../nbs/10_schedules.ipynb #b6936fe3
+# %% ../nbs/10_schedules.ipynb #7b8540e0
 import math
 from typing import NamedTuple
 
 import torch
 
-from .core import as_number, is_symbolic, maths, number, unknown
+from .core import as_number, is_symbolic, maths, number
 
 # %% ../nbs/10_schedules.ipynb #5ad25ae5
 class Level(NamedTuple):
@@ -36,7 +36,7 @@ def posterior(s: Level,  # the cleaner level, to which the step goes
     a_ts, var_ts = transition(s, t)
     return a_ts * (s.sigma / t.sigma)**2, s.alpha * var_ts / t.sigma**2, var_ts * (s.sigma / t.sigma)**2
 
-# %% ../nbs/10_schedules.ipynb #9af1587c
+# %% ../nbs/10_schedules.ipynb #9156faf7
 class Schedule:
     "A path of noise levels over t in [0, 1], cut to [logsnr_min, logsnr_max]. Subclasses give `path`, `inverse`, `slope`."
     name = None
@@ -69,7 +69,9 @@ class Schedule:
     def logsnr(self, t):
         "λ(t); Kingma & Gao (85)."
         t = as_number(t)
-        return self.path(self._t0 + (self._t1 - self._t0) * t)
+        logsnr = self.path(self._t0 + (self._t1 - self._t0) * t)
+        if is_symbolic(t): return logsnr
+        return torch.where((0 <= t) & (t <= 1), logsnr.clamp(self.logsnr_min, self.logsnr_max), logsnr)   # rounding must not leave the range
     def dlogsnr(self, t):
         "λ'(t), negative."
         return self.dlogsnr_at(self.logsnr(t))
@@ -107,7 +109,7 @@ class CosineSchedule(Schedule):
         m = maths(logsnr)
         return -2 * m.pi * m.cosh(logsnr / 2)
 
-# %% ../nbs/10_schedules.ipynb #6a814675
+# %% ../nbs/10_schedules.ipynb #43b11198
 class LinearSchedule(Schedule):
     "Variance preserving, DDPM's linear β in continuous time: log α² = -(β_min t + (β_max - β_min) t²/2)."
     name = 'linear'
@@ -118,7 +120,7 @@ class LinearSchedule(Schedule):
                  beta_max: float = 20.,     # β at the uncut t = 1
                 ):
         self.beta_min = number('beta_min', beta_min, low=0, above=True)
-        self.beta_max = number('beta_max', beta_max, low=self.beta_min)
+        self.beta_max = number('beta_max', beta_max, low=self.beta_min, high=1e6)
         super().__init__(logsnr_min, logsnr_max)
     def path(self, u):
         m = maths(u)
@@ -132,7 +134,7 @@ class LinearSchedule(Schedule):
         return -beta / maths(logsnr).sigmoid(-logsnr)
     def reach(self): return float(self.path(as_number(1.))), math.inf
 
-# %% ../nbs/10_schedules.ipynb #db5d2506
+# %% ../nbs/10_schedules.ipynb #63efa22d
 class VESchedule(Schedule):
     "Variance exploding, α = 1 and σ geometric in t: λ falls linearly."
     name = 've'
@@ -140,7 +142,8 @@ class VESchedule(Schedule):
                  logsnr_min: float = -8.8,  # λ at t = 1: σ_max = 81
                  logsnr_max: float = 12.4,  # λ at t = 0: σ_min = 0.002
                 ):
-        if math.inf in (logsnr_max, -logsnr_min): raise ValueError("the ve schedule needs a finite range of logsnr.")
+        if math.inf in (number('logsnr_max', logsnr_max), -number('logsnr_min', logsnr_min)):
+            raise ValueError("the ve schedule needs a finite range of logsnr.")
         super().__init__(logsnr_min, logsnr_max)
     def path(self, u): return self.logsnr_max - (self.logsnr_max - self.logsnr_min) * u
     def inverse(self, logsnr): return (self.logsnr_max - logsnr) / (self.logsnr_max - self.logsnr_min)
@@ -152,7 +155,7 @@ class VESchedule(Schedule):
 # %% ../nbs/10_schedules.ipynb #5d64b11b
 SCHEDULES = {'cosine': CosineSchedule, 'linear': LinearSchedule, 've': VESchedule}
 
-# %% ../nbs/10_schedules.ipynb #419faca4
+# %% ../nbs/10_schedules.ipynb #8cea9655
 def sample_times(n: int,                     # batch size
                  generator: torch.Generator = None, # source of randomness; default: torch's own
                  device=None,                # where the times go; default: the generator's device
@@ -161,6 +164,7 @@ def sample_times(n: int,                     # batch size
                 ) -> torch.Tensor:           # (n,), strictly inside (0, 1)
     "Times uniform on (0, 1), evenly spread over the batch."
     n = number('n', n, low=1, integer=True)
+    if not dtype.is_floating_point: raise TypeError(f"times need a floating-point dtype, not {dtype}.")
     device = device or (generator.device if generator is not None else 'cpu')
     wide = torch.float32 if torch.device(device).type == 'mps' else torch.float64
     u = torch.rand(1 if low_discrepancy else n, generator=generator, device=device, dtype=wide)

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['TARGETS', 'Target', 'nonzero', 'X', 'Eps', 'V', 'Score', 'convert']
 
-# %% ../nbs/20_targets.ipynb #e8556786
-from .core import expand, instance, is_symbolic, lookup
+# %% ../nbs/20_targets.ipynb #99a64063
+from .core import instance, is_symbolic
 
-# %% ../nbs/20_targets.ipynb #2fc1df71
+# %% ../nbs/20_targets.ipynb #bdf0639e
 class Target:
     "What a network predicts. Subclasses give `encode`, `to_x`, `to_eps` and `eps_ratio` in plain arithmetic."
     name = None
+    needs_x = True  # does `encode` use x? If not, ε alone gives the target
     def encode(self, x, eps, alpha, sigma): raise NotImplementedError
     def to_x(self, y_hat, z, alpha, sigma): raise NotImplementedError
     def to_eps(self, y_hat, z, alpha, sigma): raise NotImplementedError
@@ -60,19 +61,20 @@ class V(Target):
         return (sigma * z + alpha * n2**0.5 * y_hat) / n2
     def eps_ratio(self, alpha, sigma): return alpha**2 / (alpha**2 + sigma**2)
 
-# %% ../nbs/20_targets.ipynb #ec4c8eeb
+# %% ../nbs/20_targets.ipynb #aaa67f50
 class Score(Target):
     "The score of q(z given x), y = -ε/σ; thesis (3.53)."
     name = 'score'
+    needs_x = False
     def encode(self, x, eps, alpha, sigma): return -eps / nonzero(sigma, 'sigma', 'the score')
     def to_x(self, y_hat, z, alpha, sigma): return (z + sigma**2 * y_hat) / nonzero(alpha, 'alpha', 'x from score')
-    def to_eps(self, y_hat, z, alpha, sigma): return -sigma * y_hat
+    def to_eps(self, y_hat, z, alpha, sigma): return -nonzero(sigma, 'sigma', 'eps from score') * y_hat
     def eps_ratio(self, alpha, sigma): return sigma**2
 
 # %% ../nbs/20_targets.ipynb #47829135
 TARGETS = {'x': X, 'eps': Eps, 'v': V, 'score': Score}
 
-# %% ../nbs/20_targets.ipynb #1df4482b
+# %% ../nbs/20_targets.ipynb #3bb3110e
 def convert(y_hat,   # prediction of `source`
             source,  # the target predicted: name, class or instance
             target,  # the target wanted: name, class or instance
@@ -85,5 +87,5 @@ def convert(y_hat,   # prediction of `source`
     if source.name == target.name: return y_hat
     if target.name == 'x': return source.to_x(y_hat, z, alpha, sigma)
     if target.name == 'eps': return source.to_eps(y_hat, z, alpha, sigma)
-    x_hat, eps_hat = source.to_x(y_hat, z, alpha, sigma), source.to_eps(y_hat, z, alpha, sigma)
-    return target.encode(x_hat, eps_hat, alpha, sigma)
+    x_hat = source.to_x(y_hat, z, alpha, sigma) if target.needs_x else None
+    return target.encode(x_hat, source.to_eps(y_hat, z, alpha, sigma), alpha, sigma)

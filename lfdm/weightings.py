@@ -5,10 +5,8 @@
 # %% auto #0
 __all__ = ['WEIGHTINGS', 'Weighting', 'LogSNRWeighting', 'EpsFactor', 'NELBO', 'Weighted', 'Rescaled', 'implied_w']
 
-# %% ../nbs/30_weightings.ipynb #9d578c83
-import torch
-
-from .core import instance, maths
+# %% ../nbs/30_weightings.ipynb #551c8221
+from .core import as_number, instance, maths
 from .schedules import SCHEDULES, Schedule
 from .targets import TARGETS, Target
 
@@ -34,17 +32,17 @@ class EpsFactor(Weighting):
     def g(self, logsnr): raise NotImplementedError
     def eps_factor(self, logsnr, schedule, target): return self.g(logsnr)
 
-# %% ../nbs/30_weightings.ipynb #9467ca07
+# %% ../nbs/30_weightings.ipynb #8de5cc83
 class NELBO(LogSNRWeighting):
     "The negative evidence lower bound, w(λ) = 1; thesis (3.21, 3.26, 3.51, 3.60)."
     name = 'nelbo'
-    def w(self, logsnr): return 0 * logsnr + 1
+    def w(self, logsnr): return logsnr**0
 
 class Weighted(Weighting):
     "The target's plain squared error, factor 1; thesis (3.24, 3.27, 3.52, 3.61)."
     name = 'weighted'
     def eps_factor(self, logsnr, schedule, target): return 1 / target.eps_ratio(*schedule.scales(logsnr))
-    def factor(self, logsnr, schedule, target): return 0 * logsnr + 1
+    def factor(self, logsnr, schedule, target): return logsnr**0
 
 class Rescaled(EpsFactor):
     "The error in x whatever the target, g(λ) = e^-λ; thesis (3.62)-(3.64)."
@@ -54,7 +52,7 @@ class Rescaled(EpsFactor):
 # %% ../nbs/30_weightings.ipynb #f2e4c302
 WEIGHTINGS = {'nelbo': NELBO, 'weighted': Weighted, 'rescaled': Rescaled}
 
-# %% ../nbs/30_weightings.ipynb #c8b9acac
+# %% ../nbs/30_weightings.ipynb #0843b496
 def implied_w(logsnr,    # λ, a tensor or a symbol
               schedule,  # name, class or instance
               target,    # name, class or instance
@@ -63,4 +61,5 @@ def implied_w(logsnr,    # λ, a tensor or a symbol
     "The w(λ) that a triple implies: p(λ) times the factor on the noise error; Kingma & Gao (9)."
     schedule = instance(SCHEDULES, schedule, 'schedule', Schedule)
     target, weighting = instance(TARGETS, target, 'target', Target), instance(WEIGHTINGS, weighting, 'weighting', Weighting)
+    logsnr = as_number(logsnr)
     return schedule.density(logsnr) * weighting.eps_factor(logsnr, schedule, target)

@@ -1,0 +1,193 @@
+"Attempts to break lfdm.core: wrong names, wrong numbers, wrong shapes."
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import sympy
+import torch
+from hypothesis import given, settings, strategies as st
+
+from lfdm.core import as_number, expand, instance, is_symbolic, lookup, maths, number, project_root, prove, unknown
+
+few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+words = st.text(alphabet='abcdefgh_', min_size=1, max_size=6)
+
+
+class Base: pass
+class Child(Base): pass
+class Stranger: pass
+REGISTRY = {'child': Child, 'base': Base}
+
+
+@few
+@given(st.lists(words, min_size=1, max_size=5, unique=True), st.one_of(words, st.none(), st.integers(), st.just([]), st.just({})))
+def test_a_bad_name_is_named_with_all_valid_ones(names, name):
+    registry = {n: Child for n in names}
+    if name in names:
+        assert lookup(registry, name, 'thing') is Child
+        return
+    with pytest.raises(ValueError) as e: lookup(registry, name, 'thing')
+    assert str(e.value).startswith(f'unknown thing {name!r}.')
+    for n in names: assert repr(n) in str(e.value)
+
+
+@pytest.mark.parametrize('typo', ['cosin', 'COSINE', ' cosine', 'cosine ', 'Cosine', 'cossine'])
+def test_the_nearest_name_is_offered(typo):
+    assert "Did you mean 'cosine'?" in unknown('schedule', typo, ['linear', 'cosine', 've'])
+
+
+def test_no_guess_where_nothing_is_near():
+    assert 'Did you mean' not in unknown('schedule', 'zzzz', ['linear', 'cosine']) and 'Did you mean' not in unknown('schedule', '', ['linear'])
+
+
+def test_instance_takes_a_name_a_class_or_an_instance():
+    child = Child()
+    assert instance(REGISTRY, child, 'thing', Base) is child
+    for choice in ('child', Child): assert type(instance(REGISTRY, choice, 'thing', Base)) is Child
+
+
+@pytest.mark.parametrize('bad', [None, 3, 3., Stranger, Stranger(), ['child'], ('child',), {}, torch.zeros(1), b'child'], ids=repr)
+def test_instance_refuses_everything_else(bad):
+    with pytest.raises(TypeError, match="thing must be a name .'child', 'base'. or a Base, not"): instance(REGISTRY, bad, 'thing', Base)
+    with pytest.raises(ValueError, match="Did you mean 'child'"): instance(REGISTRY, 'chid', 'thing', Base)
+
+
+@few
+@given(st.one_of(st.integers(-10**9, 10**9), st.floats(-1e9, 1e9)), st.integers(-10**9, 10**9), st.integers(0, 10**9), st.booleans())
+def test_number_keeps_what_is_in_range_and_names_what_is_not(value, low, width, above):
+    high = low + width
+    if low <= value <= high and not (above and value == low):
+        assert number('p', value, low, high, above=above) == value
+    else:
+        with pytest.raises(ValueError, match='^p must be ') as e: number('p', value, low, high, above=above)
+        assert repr(value) in str(e.value)
+
+
+@pytest.mark.parametrize('bad', [True, False, None, '1', '1e3', 'true', [1], (1,), 1j, {}, torch.tensor(1.), torch.ones(2), np.ones(2), np.bool_(True)], ids=repr)
+@pytest.mark.parametrize('integer', [False, True])
+def test_number_refuses_what_is_no_number(bad, integer):
+    with pytest.raises(TypeError, match='^epochs must be'): number('epochs', bad, integer=integer)
+
+
+@pytest.mark.parametrize('bad', [2.5, math.inf, -math.inf, math.nan, 1e3 + 1e-10])
+def test_whole_numbers(bad):
+    with pytest.raises(ValueError, match='^n must be a whole number'): number('n', bad, integer=True)
+    for good in (1000, 1e3): assert (number('n', good, integer=True), type(number('n', good, integer=True))) == (1000, int)
+
+
+def test_a_huge_integer_is_a_clear_error_or_itself():
+    assert number('n', 10**400, integer=True) == 10**400
+    with pytest.raises(ValueError, match='n must be'): number('n', 10**400, high=5)
+
+
+@pytest.mark.parametrize('value', [np.float32(2), np.float64(2), np.int64(2), np.int32(2), Fraction(2)], ids=lambda v: type(v).__name__)
+def test_number_takes_the_numbers_of_other_libraries(value):
+    "a loop over np.arange(...) gives np.int64, which is a whole number"
+    assert (number('p', value), type(number('p', value))) == (2., float)
+    assert (number('p', value, integer=True), type(number('p', value, integer=True))) == (2, int)
+
+
+def test_bounds_are_told():
+    for kwargs, text in ((dict(low=1), 'at least 1'), (dict(low=0, above=True), 'greater than 0'), (dict(low=0, high=1), 'from 0 to 1'),
+                         (dict(low=0, high=1, above=True), 'above 0 up to 1')):
+        with pytest.raises(ValueError, match=text): number('p', -3, **kwargs)
+    with pytest.raises(ValueError, match='0 up to 1'): number('p', 0, low=0, high=1, above=True)
+
+
+@few
+@given(st.integers(1, 6), st.lists(st.integers(1, 6), min_size=0, max_size=3), st.sampled_from(['()', '(1,)', '(n,)', '(n,1)']))
+def test_expand_multiplies_example_by_example(n, rest, form):
+    "every n, the number of dimensions and the sizes of the data included, where a wrong broadcast hides"
+    x, scale = torch.randn(n, *rest), torch.arange(1., n + 1)
+    if form == '()': scale = torch.tensor(3.)
+    if form == '(1,)': scale = torch.tensor([3.])
+    if form == '(n,1)': scale = scale[:, None]
+    got = expand(scale, x) * x
+    assert got.shape == x.shape
+    for i in range(n): assert torch.equal(got[i], x[i] * scale.reshape(-1)[i if scale.numel() == n else 0])
+
+
+@few
+@given(st.integers(1, 6), st.integers(2, 6), st.integers(1, 6))
+def test_expand_refuses_scales_of_other_data(n, m, d):
+    x = torch.randn(n, d)
+    for shape in ((m,), (m, 1), (1, m), (n, m)):
+        if shape[0] in (1, n) and all(s == 1 for s in shape[1:]): continue
+        with pytest.raises(ValueError, match='not one number per example'): expand(torch.ones(shape), x)
+
+
+@pytest.mark.parametrize('scale', [np.array([1., 10.]), [1., 10.], (1., 10.)], ids=lambda s: type(s).__name__)
+def test_expand_never_lets_a_wrong_broadcast_through(scale):
+    "as a list or an array, two scales for two examples must not multiply the two columns instead"
+    x = torch.ones(2, 2)
+    try: got = x * expand(scale, x)
+    except (TypeError, ValueError): return
+    torch.testing.assert_close(got.to(x), torch.tensor([[1., 1.], [10., 10.]]))
+
+
+def test_expand_keeps_numbers():
+    for scale in (2, 2., torch.tensor(2.)): assert (expand(scale, torch.ones(2, 2)) * torch.ones(2, 2) == 2).all()
+
+
+@pytest.mark.parametrize('name', sorted(vars(maths(torch.zeros(())))))
+def test_every_function_means_the_same_for_tensors_and_symbols(name):
+    of_tensor, of_symbol = getattr(maths(torch.zeros(())), name), getattr(maths(sympy.Symbol('x')), name)
+    if name == 'pi':
+        assert abs(of_tensor - float(of_symbol)) < 1e-15
+        return
+    x = sympy.Symbol('x')
+    for value in (0.1, 0.5, 2.):
+        assert abs(float(of_tensor(torch.tensor(value, dtype=torch.float64))) - float(of_symbol(x).subs(x, value))) < 1e-12
+
+
+def test_the_stable_forms_are_stable():
+    m = maths(torch.zeros(()))
+    x = torch.tensor([-800., -50., 50., 800.], dtype=torch.float64)
+    torch.testing.assert_close(m.softplus(x), torch.tensor([0., math.exp(-50), 50., 800.], dtype=torch.float64), rtol=1e-12, atol=0)
+    assert m.softplus(x.float()).dtype == torch.float32 and m.expm1(torch.tensor(1e-20)) > 0
+
+
+@pytest.mark.parametrize('value', [1, 0.5, np.float32(0.5), np.float64(0.5), [0.1, 0.2], np.array([0.1])], ids=repr)
+def test_plain_numbers_become_float64(value): assert as_number(value).dtype == torch.float64
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_tensors_keep_their_dtype(dtype): assert as_number(torch.ones(2, dtype=dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize('bad', [torch.tensor(1), torch.tensor(True), torch.tensor(1j)], ids=repr)
+def test_tensors_of_other_kinds_are_refused(bad):
+    with pytest.raises(TypeError, match='floating-point'): as_number(bad)
+
+
+@pytest.mark.parametrize('bad', ['0.5', 'a', None, True], ids=repr)
+def test_what_is_no_number_is_named(bad):
+    with pytest.raises((TypeError, ValueError)) as e: as_number(bad)
+    assert repr(bad) in str(e.value) and ('number' in str(e.value) or 'floating-point' in str(e.value))
+
+
+def test_symbols_stay_symbols():
+    x = sympy.Symbol('x')
+    assert as_number(x) is x and is_symbolic(x) and is_symbolic(x + 1) and is_symbolic(sympy.Integer(1))
+    for other in (1, 1., torch.ones(1), np.ones(1), 'x', None): assert not is_symbolic(other)
+
+
+def test_prove_proves_what_is_true_and_nothing_else(capsys):
+    x = sympy.Symbol('x', positive=True)
+    prove(sympy.sin(x)**2 + sympy.cos(x)**2, 1, 'Pythagoras')
+    prove((x**2)**0.5, x, 'with a float')
+    assert capsys.readouterr().out == 'proved: Pythagoras\nproved: with a float\n'
+    for left, right in ((x, x + 1), (x, x * 1.000001), (x, -x), (sympy.exp(x), 1 + x), (x**2, x**2 + sympy.Rational(1, 10**12)), (x, sympy.nan)):
+        with pytest.raises(AssertionError, match='not proved: a lie'): prove(left, right, 'a lie')
+    assert capsys.readouterr().out == ''
+
+
+def test_project_root(tmp_path):
+    (tmp_path / 'a' / 'b').mkdir(parents=True)
+    (tmp_path / 'settings.ini').write_text('[DEFAULT]\nlib_name = lfdm\n', encoding='utf-8')
+    assert project_root(tmp_path / 'a' / 'b') == project_root(str(tmp_path)) == tmp_path
+    (tmp_path / 'a' / 'settings.ini').write_text('[DEFAULT]\nlib_name = another\n', encoding='utf-8')
+    assert project_root(tmp_path / 'a' / 'b') == tmp_path
+    (tmp_path / 'settings.ini').unlink()
+    assert project_root(tmp_path / 'a' / 'b') == tmp_path / 'a' / 'b'

@@ -1,0 +1,314 @@
+"Attempts to break lfdm.schedules, every schedule of the registry alike: ranges, ends, dtypes, densities and times."
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from scipy.integrate import simpson
+
+from lfdm.schedules import SCHEDULES, CosineSchedule, Level, LinearSchedule, VESchedule, network_logsnr, network_time, posterior, sample_times, transition
+
+torch.set_num_threads(1)
+f32, f64 = torch.float32, torch.float64
+few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+every = pytest.mark.parametrize('name', SCHEDULES)
+unit = st.floats(0, 1)
+UNCUT = CosineSchedule(-math.inf, math.inf)
+
+
+def schedule_over(name, u, v, widest=14.):
+    "The schedule of that name over a range between its reach and ±widest; the default range where it takes no other."
+    low, high = SCHEDULES[name]().reach()
+    low, high = max(low, -widest), min(high, widest)
+    a, b = sorted((low + (high - low) * u, low + (high - low) * v))
+    return SCHEDULES[name](logsnr_min=a, logsnr_max=max(b, a + 0.5) if a + 0.5 <= high else b) if b - a > 0.1 else SCHEDULES[name]()
+
+
+@every
+@few
+@given(u=unit, v=unit)
+def test_the_range_is_kept_exactly(name, u, v):
+    "λ(0) is λ_max, λ(1) is λ_min, no time leads beyond them, and no level that is reached has density 0"
+    s = schedule_over(name, u, v)
+    for dtype in (f64, f32):
+        t = torch.cat([torch.tensor([0., 1.]), torch.linspace(0, 1, 99)]).to(dtype)
+        logsnr = s.logsnr(t)
+        low, high = torch.tensor([s.logsnr_min, s.logsnr_max], dtype=dtype)
+        torch.testing.assert_close(logsnr[:2], torch.stack([high, low]), rtol=0, atol=1e-4 if dtype == f32 else 1e-11)
+        assert (logsnr <= high).all() and (logsnr >= low).all(), (logsnr.max() - high, logsnr.min() - low)
+        assert (s.density(logsnr) > 0).all()
+        assert (logsnr[2:].diff() <= 0).all()
+
+
+@every
+@pytest.mark.parametrize('widest', [40., 80.])
+@pytest.mark.parametrize('dtype', [f32, f64])
+def test_the_ends_of_a_wide_range_are_what_was_asked_for(name, widest, dtype):
+    "near t = 1 the path must not run into -inf because 1 - t has no digits left"
+    s = schedule_over(name, 0., 1., widest)
+    ends = s.logsnr(torch.tensor([0., 1.], dtype=dtype))
+    assert ends.isfinite().all() and (s.alpha(torch.ones(1, dtype=dtype)) > 0).all() and (s.sigma(torch.zeros(1, dtype=dtype)) > 0).all()
+    if dtype == f64: torch.testing.assert_close(ends, torch.tensor([s.logsnr_max, s.logsnr_min], dtype=f64), rtol=1e-4, atol=0)
+
+
+@every
+@few
+@given(u=unit, v=unit)
+def test_time_and_level_are_inverse(name, u, v):
+    s = schedule_over(name, u, v)
+    t = torch.linspace(0, 1, 41, dtype=f64)
+    torch.testing.assert_close(s.t(s.logsnr(t)), t, rtol=0, atol=1e-10)
+    logsnr = torch.linspace(s.logsnr_min, s.logsnr_max, 41, dtype=f64)
+    error = (s.logsnr(s.t(logsnr)) - logsnr).abs()
+    assert (error <= 1e-12 + 4e-16 * s.dlogsnr_at(logsnr).abs() / min(1, s._t1 - s._t0)).all(), error.max()
+
+
+@every
+@few
+@given(u=unit, v=unit)
+def test_slope_is_the_derivative(name, u, v):
+    s = schedule_over(name, u, v)
+    t = torch.linspace(0.02, 0.98, 33, dtype=f64, requires_grad=True)
+    slope, = torch.autograd.grad(s.logsnr(t).sum(), t)
+    torch.testing.assert_close(s.dlogsnr(t).detach(), slope, rtol=1e-8, atol=0)
+    assert (slope < 0).all()
+    torch.testing.assert_close(s.dlogsnr_at(s.logsnr(t)).detach(), slope, rtol=1e-8, atol=0)
+
+
+@every
+@few
+@given(u=unit, v=unit)
+def test_density_is_the_density_of_the_levels_visited(name, u, v):
+    "it integrates to one, is -1/λ′, is 0 outside, and its integral up to λ is the share of times below it"
+    s = schedule_over(name, u, v)
+    logsnr = torch.linspace(s.logsnr_min, s.logsnr_max, 4001, dtype=f64)
+    p = s.density(logsnr)
+    assert abs(simpson(p.numpy(), x=logsnr.numpy()) - 1) < 1e-8
+    torch.testing.assert_close(p * -s.dlogsnr_at(logsnr), torch.ones_like(p), rtol=1e-12, atol=0)
+    assert (s.density(torch.tensor([s.logsnr_min - 1e-6, s.logsnr_max + 1e-6, -1e3, 1e3], dtype=f64)) == 0).all()
+    assert abs(simpson(p[:2001].numpy(), x=logsnr[:2001].numpy()) - (1 - s.t(logsnr[2000]).item())) < 1e-8
+
+
+@every
+@few
+@given(u=unit, v=unit)
+def test_scales_have_the_log_ratio_they_claim(name, u, v):
+    "log α²/σ² = λ, and each schedule is variance preserving or exploding throughout"
+    s = schedule_over(name, u, v)
+    for dtype, tolerance in ((f64, 1e-12), (f32, 1e-5)):
+        logsnr = torch.linspace(s.logsnr_min, s.logsnr_max, 33, dtype=dtype)
+        alpha, sigma = s.scales(logsnr)
+        torch.testing.assert_close(2 * (alpha.log() - sigma.log()), logsnr, rtol=tolerance, atol=tolerance)
+        preserving, exploding = (alpha**2 + sigma**2 - 1).abs().max() < tolerance, (alpha == 1).all()
+        assert preserving != exploding
+        assert name not in ('cosine', 'linear', 'shifted_cosine') or preserving
+        level = s.level(t := torch.linspace(0, 1, 9, dtype=dtype))
+        assert torch.equal(level.logsnr, s.logsnr(t)) and torch.equal(level.alpha, s.alpha(t)) and torch.equal(level.sigma, s.sigma(t))
+
+
+@every
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, f32, f64])
+@pytest.mark.parametrize('shape', [(), (0,), (1,), (5,), (5, 1), (2, 3, 4)], ids=str)
+def test_shape_and_dtype_are_kept(name, dtype, shape):
+    s, t = SCHEDULES[name](), torch.full(shape, 0.5, dtype=dtype)
+    for f in (s.alpha, s.sigma, s.logsnr, s.dlogsnr, s.t, s.density):
+        got = f(t)
+        assert got.shape == shape and got.dtype == dtype and got.isfinite().all(), f
+
+
+@every
+def test_a_float_is_a_float64_tensor(name):
+    s = SCHEDULES[name]()
+    for f in (s.alpha, s.sigma, s.logsnr, s.dlogsnr, s.t, s.density):
+        for value in (0.5, 1, 0):
+            got = f(value)
+            assert torch.is_tensor(got) and got.shape == () and got.dtype == f64
+            torch.testing.assert_close(got, f(torch.tensor(float(value), dtype=f64)), rtol=0, atol=0)
+
+
+@every
+@pytest.mark.parametrize('bad', ['0.5', None, torch.tensor(1), torch.tensor([True])], ids=repr)
+def test_what_is_no_time_is_named(name, bad):
+    s = SCHEDULES[name]()
+    for f in (s.alpha, s.sigma, s.logsnr, s.dlogsnr, s.t, s.density):
+        with pytest.raises((TypeError, ValueError)) as e: f(bad)
+        assert 'floating-point' in str(e.value) or repr(bad) in str(e.value)
+
+
+@every
+@pytest.mark.parametrize('end', ['logsnr_min', 'logsnr_max'])
+@pytest.mark.parametrize('bad', ['1', 'inf', None, True, [1.], 1j, torch.tensor(1.), math.nan], ids=repr)
+def test_an_end_that_is_no_number_is_named(name, end, bad):
+    with pytest.raises((TypeError, ValueError), match=f'{end} must be a number, not') as e: SCHEDULES[name](**{end: bad})
+    assert repr(bad) in str(e.value)
+
+
+@every
+@pytest.mark.parametrize('low, high', [(5., 5.), (5., -5.), (math.inf, -math.inf), (math.inf, 0.), (0., -math.inf), (5, 4)])
+def test_an_empty_range_is_refused(name, low, high):
+    with pytest.raises(ValueError, match='logsnr'): SCHEDULES[name](logsnr_min=low, logsnr_max=high)
+
+
+@every
+def test_beyond_reach_is_an_error_and_the_reach_itself_is_not(name):
+    low, high = SCHEDULES[name]().reach()
+    for end, edge, beyond in (('logsnr_min', low, low - 0.01), ('logsnr_max', high, high + 0.01)):
+        if math.isinf(edge): continue
+        assert getattr(SCHEDULES[name](**{end: edge}), end) == edge
+        with pytest.raises(ValueError, match=f'the {name} schedule reaches logsnr from'): SCHEDULES[name](**{end: beyond})
+
+
+def test_infinite_ends():
+    with pytest.raises(ValueError, match='finite range'): VESchedule(logsnr_max=math.inf)
+    with pytest.raises(ValueError, match='finite range'): VESchedule(logsnr_min=-math.inf)
+    with pytest.raises(ValueError, match='reaches logsnr from -10.05'): LinearSchedule(logsnr_min=-math.inf)
+    t = torch.tensor([0., 1.], dtype=f64)
+    assert torch.equal(UNCUT.alpha(t), 1 - t) and torch.equal(UNCUT.sigma(t), t)
+    linear = LinearSchedule(logsnr_max=math.inf)
+    assert linear.alpha(0.) == 1 and linear.sigma(0.) == 0 and linear.logsnr(0.) == math.inf
+
+
+def test_linear_is_ddpm():
+    "log α² against the product of DDPM's thousand steps, β from 1e-4 to 0.02, and against the integral of β"
+    s = LinearSchedule(logsnr_min=LinearSchedule().reach()[0], logsnr_max=math.inf)
+    t = torch.linspace(0, 1, 11, dtype=f64)
+    torch.testing.assert_close(2 * s.alpha(t).log(), -(0.1 * t + 19.9 * t**2 / 2), rtol=1e-10, atol=1e-12)
+    product = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=f64), 0)[-1]
+    assert abs(product.log() / (2 * s.alpha(1.).log()) - 1) < 0.02
+    for bad in (dict(beta_min=0), dict(beta_min=-1.), dict(beta_min=5, beta_max=4), dict(beta_max='20'), dict(beta_max=None), dict(beta_max=math.nan), dict(beta_max=math.inf)):
+        with pytest.raises((TypeError, ValueError), match='beta_m'): LinearSchedule(**bad)
+    constant = LinearSchedule(logsnr_min=-4, beta_min=5, beta_max=5)
+    torch.testing.assert_close(constant.t(constant.logsnr(t)), t, rtol=0, atol=1e-12)
+
+
+def test_cosine_is_the_cosine():
+    t = torch.linspace(0.001, 0.999, 99, dtype=f64)
+    torch.testing.assert_close(UNCUT.alpha(t), (math.pi * t / 2).cos(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(UNCUT.sigma(t), (math.pi * t / 2).sin(), rtol=1e-12, atol=0)
+    dsnr = UNCUT.dlogsnr(t) * UNCUT.logsnr(t).exp()
+    torch.testing.assert_close(dsnr, -math.pi * UNCUT.alpha(t) / UNCUT.sigma(t)**3, rtol=1e-11, atol=0)   # thesis 3.22
+
+
+def test_every_schedule_says_what_it_is():
+    for name, cls in SCHEDULES.items(): assert cls.name == name and cls.__name__ in repr(cls())
+
+
+# ---- one step of the chain
+
+@few
+@given(st.floats(-12, 12), st.floats(0.001, 10), st.sampled_from(['cosine', 've']), st.floats(-3, 3), st.floats(-3, 3))
+def test_transition_and_posterior_against_gaussian_conditioning(logsnr_t, gap, name, x, z):
+    "the joint Gaussian of (z_s, z_t) given x, conditioned on z_t, knows nothing of the formulas"
+    s, t = (Level(l := torch.tensor(k, dtype=f64), *SCHEDULES[name]().scales(l)) for k in (logsnr_t + gap, logsnr_t))
+    a_ts, var_ts = transition(s, t)
+    torch.testing.assert_close(a_ts**2 * s.sigma**2 + var_ts, t.sigma**2)
+    torch.testing.assert_close(a_ts * s.alpha, t.alpha)
+    z = t.alpha * x + t.sigma * z
+    covariance = a_ts * s.sigma**2
+    mean = s.alpha * x + covariance / t.sigma**2 * (z - t.alpha * x)
+    variance = s.sigma**2 - covariance**2 / t.sigma**2
+    k_z, k_x, v = posterior(s, t)
+    torch.testing.assert_close(k_z * z + k_x * x, mean, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(v, variance, rtol=1e-9, atol=1e-12 * s.sigma.item()**2)
+    assert v > 0
+
+
+def test_a_tiny_step_keeps_its_digits():
+    "σ²_{t|s} as a difference would be 0 here"
+    t = torch.tensor(0., dtype=f64); s = t + 1e-17 * 1e4
+    level = lambda l: Level(l, *UNCUT.scales(l))
+    torch.testing.assert_close(transition(level(s), level(t))[1], torch.tensor(0.5e-13, dtype=f64), rtol=1e-6, atol=0)
+
+
+def test_the_last_step_ends_on_the_data_and_the_first_starts_in_pure_noise():
+    "no log 0 and no wrong α at either end of the uncut schedule"
+    clean, middle, noise = (UNCUT.level(t) for t in (0., 0.5, 1.))
+    k_z, k_x, v = posterior(clean, middle)
+    assert (k_z, k_x, v) == (0, 1, 0)
+    k_z, k_x, v = posterior(middle, noise)
+    assert k_z == 0
+    torch.testing.assert_close(torch.stack([k_x, v]), torch.stack([middle.alpha, middle.sigma**2]))
+
+
+# ---- times of a batch
+
+def test_one_time_in_each_slot_for_every_batch_size():
+    "arange(0, 1, 1/n) has n + 1 entries for n = 49, 98, 103, ..."
+    for n in range(1, 601):
+        t = sample_times(n, torch.Generator().manual_seed(n), dtype=f64)
+        assert t.shape == (n,) and (t > 0).all() and (t < 1).all()
+        assert torch.equal((t * n).floor().sort().values, torch.arange(n).to(f64)), n
+        t = sample_times(n, torch.Generator().manual_seed(n))
+        assert t.shape == (n,) and t.dtype == f32 and (t > 0).all() and (t < 1).all()
+
+
+def test_times_are_shuffled_and_every_position_is_uniform():
+    t = torch.stack([sample_times(8, torch.Generator().manual_seed(i), dtype=f64) for i in range(2000)])
+    assert not (t.diff(dim=1) > 0).all(1).float().mean() > 0.01
+    for column in t.T:
+        gap = (column.sort().values - (torch.arange(2000) + 0.5) / 2000).abs().max()
+        assert gap < 1.95 / 2000**0.5, gap                    # Kolmogorov-Smirnov at 0.1 %
+    assert (t.T.corrcoef() - torch.eye(8)).abs().max() < 0.25
+
+
+def test_independent_times_are_independent():
+    t = torch.stack([sample_times(8, torch.Generator().manual_seed(i), dtype=f64, low_discrepancy=False) for i in range(2000)])
+    assert (t > 0).all() and (t < 1).all()
+    gap = (t.flatten().sort().values - (torch.arange(16000) + 0.5) / 16000).abs().max()
+    assert gap < 1.95 / 16000**0.5
+    assert (t.T.corrcoef() - torch.eye(8)).abs().max() < 0.1   # evenly spread ones have -1/7
+    one_each = ((t * 8).floor().sort(1).values == torch.arange(8)).all(1)
+    assert one_each.double().mean() < 0.02                      # 8!/8^8 = 0.24 %
+
+
+def test_times_are_reproducible_and_leave_other_streams_alone():
+    make = lambda seed, **kw: sample_times(50, torch.Generator().manual_seed(seed), **kw)
+    for kw in ({}, dict(low_discrepancy=False)):
+        assert torch.equal(make(0, **kw), make(0, **kw)) and not torch.equal(make(0, **kw), make(1, **kw))
+    before = torch.get_rng_state(); make(0)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(3); a = sample_times(5); torch.manual_seed(3)
+    assert torch.equal(a, sample_times(5))
+    g = torch.Generator().manual_seed(0)
+    assert not torch.equal(sample_times(50, g), sample_times(50, g))
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, f32, f64])
+@pytest.mark.parametrize('value', [0., 1 - 2**-53], ids=['lowest', 'highest'])
+@pytest.mark.parametrize('low_discrepancy', [True, False])
+@pytest.mark.parametrize('n', [1, 2, 49, 600])
+def test_the_worst_random_numbers_reach_neither_end(monkeypatch, dtype, value, low_discrepancy, n):
+    "the largest float64 below 1 rounds to 1 in every narrower type"
+    monkeypatch.setattr(torch, 'rand', lambda k, dtype, **kw: torch.full((k,), value, dtype=dtype))
+    t = sample_times(n, dtype=dtype, low_discrepancy=low_discrepancy)
+    assert t.dtype == dtype and (t > 0).all() and (t < 1).all()
+    assert UNCUT.logsnr(t).isfinite().all()
+
+
+@pytest.mark.parametrize('bad', [0, -1, 2.5, '4', None, True, math.nan, math.inf, torch.tensor(4)], ids=repr)
+def test_a_batch_size_that_is_none_is_named(bad):
+    with pytest.raises((TypeError, ValueError), match='^n must be'): sample_times(bad)
+
+
+def test_times_of_whole_numbers_are_refused():
+    with pytest.raises((TypeError, ValueError), match='dtype'): sample_times(4, dtype=torch.int64)
+
+
+# ---- the network's time
+
+def test_network_time_is_a_bounded_bijection():
+    logsnr = torch.linspace(-30, 30, 241, dtype=f64)
+    u = network_time(logsnr)
+    assert (u > 0).all() and (u < 1).all() and (u.diff() < 0).all()
+    error = (network_logsnr(u) - logsnr).abs()
+    assert (error <= 1e-12 + 4e-16 * 2 * math.pi * (logsnr / 2).cosh()).all()
+    torch.testing.assert_close(network_time(network_logsnr(u)), u, rtol=1e-13, atol=0)
+    torch.testing.assert_close(u + network_time(-logsnr), torch.ones_like(u))
+    torch.testing.assert_close(u, UNCUT.t(logsnr), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize('dtype', [f32, f64])
+def test_network_time_at_the_extremes(dtype):
+    u = network_time(torch.tensor([-math.inf, -1e4, -200., 0., 200., 1e4, math.inf], dtype=dtype))
+    assert u.dtype == dtype and not u.isnan().any() and (u >= 0).all() and (u <= 1).all()
+    assert u[0] == 1 and u[-1] == 0 and abs(u[3] - 0.5) < 1e-7
