@@ -13,7 +13,9 @@ from .schedules import SCHEDULES, Level, Schedule, network_time, sample_times
 from .targets import TARGETS, Target
 from .weightings import WEIGHTINGS, Weighting
 
-# %% ../nbs/40_losses.ipynb #6bf31985
+# %% ../nbs/40_losses.ipynb #b26fe2d8
+def _described(a): return f"{a.dtype} of shape {tuple(a.shape)} on {a.device}" if torch.is_tensor(a) else f"{type(a).__name__} {a!r:.60}"
+
 def predict(net,             # network: (z of shape (n, ...), u of shape (n,)) -> ŷ of z's shape
             z: torch.Tensor, # noisy data αx + σε, shape (n, ...)
             level: Level,    # the noise level, entries of shape (n,) or ()
@@ -21,11 +23,12 @@ def predict(net,             # network: (z of shape (n, ...), u of shape (n,)) -
     "The network's prediction at a noise level: it sees z/√(α²+σ²) and the cosine time of λ."
     scale = (level.alpha**2 + level.sigma**2)**0.5
     u = network_time(level.logsnr).to(z.dtype)
-    return net(z / expand(scale, z), u.expand(len(z)))
+    y_hat = net(z / expand(scale, z), u.expand(len(z)))
+    if not torch.is_tensor(y_hat): raise TypeError(f"the network returned {_described(y_hat)}, not a tensor.")
+    if y_hat.shape != z.shape: raise ValueError(f"the network returned shape {tuple(y_hat.shape)} for data of shape {tuple(z.shape)}.")
+    return y_hat
 
-# %% ../nbs/40_losses.ipynb #1681b7e2
-def _described(a): return f"{a.dtype} of shape {tuple(a.shape)} on {a.device}" if torch.is_tensor(a) else f"{type(a).__name__} {a!r:.60}"
-
+# %% ../nbs/40_losses.ipynb #983ba055
 def _batch(name: str,  # what it is, for the message
            a,          # what must be a floating-point tensor of shape (n, ...), n > 0
           ):           # raises TypeError
@@ -33,7 +36,7 @@ def _batch(name: str,  # what it is, for the message
     if not torch.is_tensor(a) or not a.is_floating_point() or a.ndim < 2 or not len(a):
         raise TypeError(f"{name} must be floating-point data of shape (n, ...), not {_described(a)}.")
 
-# %% ../nbs/40_losses.ipynb #47fa3813
+# %% ../nbs/40_losses.ipynb #96878ce3
 class DiffusionLoss:
     "A diffusion loss: schedule × target × weighting. `loss(net, x)` gives one value per example."
     def __init__(self,
@@ -86,8 +89,6 @@ class DiffusionLoss:
               level: Level,        # the noise level, entries of shape (n,)
              ) -> torch.Tensor:    # (n,): factor · mean over dimensions of (y - ŷ)²
         "The weighted squared error of a prediction."
-        if not torch.is_tensor(y_hat): raise TypeError(f"the network returned {_described(y_hat)}, not a tensor.")
-        if y_hat.shape != y.shape: raise ValueError(f"the network returned shape {tuple(y_hat.shape)} for data of shape {tuple(y.shape)}.")
         return self.weighting.factor(level.logsnr, self.schedule, self.target) * (y - y_hat.to(y.dtype)).square().flatten(1).mean(1)
 
     def __call__(self,

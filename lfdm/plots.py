@@ -16,12 +16,11 @@ import torch
 from .core import expand
 from .evaluation import floor_per_logsnr
 
-# %% ../nbs/97_plots.ipynb #98957e26
+# %% ../nbs/97_plots.ipynb #b53b8d65
 _palette = sns.color_palette('colorblind').as_hex()
 COLORS = {  # the same thing has the same colour in every figure
     'x': _palette[0], 'eps': _palette[1], 'v': _palette[2], 'score': _palette[3], 'F': _palette[4],
-    'cosine': _palette[0], 'linear': _palette[1], 've': _palette[2],
-    'cluster': _palette[0], 'ring': _palette[1], 'swiss': _palette[2], 'waves': _palette[3],
+    'cosine': _palette[5], 'linear': _palette[9], 've': _palette[6],
     'data': '#444444', 'floor': '#000000'}
 LABELS = {'x': '$x$', 'eps': '$\\epsilon$', 'v': '$v$', 'score': '$s$', 'F': '$F$'}
 

@@ -6,12 +6,12 @@
 __all__ = ['RESULTS_VERSION', 'FILES', 'check_device', 'Parameters', 'parameters_from', 'dataset_of', 'Run', 'load_run',
            'folder_of', 'make_run', 'progress_bar', 'summary_table']
 
-# %% ../nbs/95_runs.ipynb #a8d645f4
+# %% ../nbs/95_runs.ipynb #0a5d919e
 import dataclasses
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
-import math
 import os
 import platform
 import subprocess
@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .core import instance, lookup, number, project_root, unknown
+from .core import lookup, number, project_root, unknown
 from .data import DATASETS
 from .evaluation import floor, floor_per_logsnr, judge
 from .losses import DiffusionLoss
@@ -37,7 +37,7 @@ from .targets import TARGETS
 from .training import TrainState, ValidationSet, train
 from .weightings import WEIGHTINGS
 
-# %% ../nbs/95_runs.ipynb #9b0737fc
+# %% ../nbs/95_runs.ipynb #cd4bd00b
 RESULTS_VERSION = 1  # raised by hand when a change of code changes results: old runs are then not taken for new ones
 
 def check_device(name: str,       # 'cpu', 'cuda', 'cuda:1', 'mps', ...
@@ -71,14 +71,14 @@ class Parameters:
         set_ = lambda k, v: object.__setattr__(self, k, v)
         for k, registry in (('dataset', DATASETS), ('target', TARGETS), ('weighting', WEIGHTINGS), ('schedule', SCHEDULES), ('sampler', SAMPLERS)):
             lookup(registry, getattr(self, k), k)
-        for k, low in (('epochs', 1), ('batch_size', 1), ('width', 1), ('sample_steps', 1), ('n_samples', 2), ('seed', 0)):
-            set_(k, number(k, getattr(self, k), low=low, high=2**63 - 1, integer=True))
+        for k, low, high in (('epochs', 1, 1e6), ('batch_size', 1, 1e9), ('width', 1, 1e5), ('sample_steps', 1, 1e6), ('n_samples', 2, 1e8), ('seed', 0, 2**63 - 1)):
+            set_(k, number(k, getattr(self, k), low=low, high=high, integer=True))
         set_('lr', number('lr', self.lr, low=0, high=1e6, above=True))
         given = {k: getattr(self, k) for k in ('logsnr_min', 'logsnr_max') if getattr(self, k) is not None}
         schedule = SCHEDULES[self.schedule](**given)
         for k in ('logsnr_min', 'logsnr_max'):
             set_(k, getattr(schedule, k))
-            if math.isinf(getattr(self, k)): raise ValueError(f"{k} must be finite for a run, not {getattr(self, k)}.")
+            number(k, getattr(self, k), low=-80, high=80)   # beyond, float32 loses the smaller scale to 0
         n = DATASETS[self.dataset].n_train
         if self.batch_size > n: raise ValueError(f"batch_size {self.batch_size} is larger than the data: {n} training examples of {self.dataset!r}.")
         check_device(self.device)
@@ -92,18 +92,18 @@ class Parameters:
         "The loss these parameters name."
         return DiffusionLoss(SCHEDULES[self.schedule](self.logsnr_min, self.logsnr_max), self.target, self.weighting)
 
-# %% ../nbs/95_runs.ipynb #e42e8c5e
+# %% ../nbs/95_runs.ipynb #74c09aa1
 def parameters_from(namespace: dict,  # a notebook's globals()
                    ) -> Parameters:   # raises ValueError on an unknown name
     "The parameters among a notebook's variables; any other plain value is a misspelt one."
     valid = [f.name for f in dataclasses.fields(Parameters)]
     plain = {k: v for k, v in namespace.items() if not k.startswith('_') and k not in ('In', 'Out')
-             and (v is None or isinstance(v, (bool, int, float, str, list, tuple, dict)))}
+             and (k in valid or v is None or isinstance(v, (bool, int, float, str, list, tuple, dict)))}
     for k in plain:
         if k not in valid: raise ValueError(unknown('parameter', k, valid))
     return Parameters(**plain)
 
-# %% ../nbs/95_runs.ipynb #bc8ac66b
+# %% ../nbs/95_runs.ipynb #592efcfa
 @lru_cache
 def _one(cls): return cls()   # one instance of each class: it keeps the table behind its floors
 
@@ -141,42 +141,81 @@ class Run:
               ) -> torch.Tensor:   # (n, D)
         "New samples from the trained network."
         p = self.parameters
-        return sample(self.denoiser(), n, self.dataset.dim, steps or p.sample_steps, self.loss.schedule, sampler or p.sampler, seed)
+        return sample(self.denoiser(), n, self.dataset.dim, p.sample_steps if steps is None else steps, self.loss.schedule,
+                      p.sampler if sampler is None else sampler, seed)
 
     def __repr__(self): return f"Run({self.folder.name}: " + ', '.join(f'{k} {v:.4g}' for k, v in self.summary.items() if isinstance(v, float)) + ')'
 
-# %% ../nbs/95_runs.ipynb #342eaa2c
+# %% ../nbs/95_runs.ipynb #b54200e7
+def _read_params(path):
+    "(Parameters, environment); raises if one is missing, unknown or of another results version."
+    record, valid = json.loads(path.read_text()), [f.name for f in dataclasses.fields(Parameters)]
+    if record['results_version'] != RESULTS_VERSION:
+        raise ValueError(f"it was made by results version {record['results_version']}, this code has {RESULTS_VERSION}")
+    given = record['parameters']
+    for k in given:
+        if k not in valid: raise ValueError(unknown('parameter', k, valid))
+    if missing := [k for k in valid if k not in given]: raise ValueError(f"parameters missing: {', '.join(missing)}")
+    parameters = Parameters(**given | {'device': 'cpu'})                   # readable without the device
+    object.__setattr__(parameters, 'device', given['device'])
+    return parameters, record['environment']
+
+def _read_metrics(path, epochs):
+    metrics = [json.loads(line) for line in path.read_text().splitlines()]
+    if [m['epoch'] for m in metrics] != list(range(epochs + 1)): raise ValueError(f"it does not hold the epochs 0 to {epochs}")
+    return metrics
+
+def _read_summary(path):
+    summary = json.loads(path.read_text())
+    if missing := [k for k in ('loss', 'loss_se', 'distances') if k not in summary]: raise ValueError(f"{', '.join(missing)} missing")
+    return summary
+
+def _read_samples(path, dim):
+    with np.load(path) as f: samples = torch.from_numpy(f['samples'].astype(np.float32))
+    if samples.ndim != 2 or samples.shape[1] != dim: raise ValueError(f"samples of shape {tuple(samples.shape)}, not (n, {dim})")
+    return samples
+
+def _read_net(path, dim, width):
+    with torch.random.fork_rng(devices=[]): net = MLP(dim, width)
+    net.load_state_dict(load_file(path))
+    return net.eval()
+
+# %% ../nbs/95_runs.ipynb #8bfb4b16
 def load_run(folder,     # the run's folder
             ) -> Run:    # raises FileNotFoundError if there is none, ValueError if it is damaged or of another version
     "A finished run from its folder."
     folder = Path(folder)
+    if not folder.is_absolute() and not folder.parent.is_dir(): folder = project_root() / folder
+    if folder.exists() and not folder.is_dir(): raise ValueError(f"run {folder} is damaged: it is not a folder. Move it away and make the run again.")
     if not folder.is_dir():
         siblings = [p.name for p in folder.parent.glob('*') if p.is_dir() and not p.name.startswith('.')] if folder.parent.is_dir() else []
         hint = unknown('run', folder.name, siblings) if siblings else f"There are no runs in {folder.parent}."
         raise FileNotFoundError(f"no run at {folder}: {hint}")
     missing = [f for f in FILES if not (folder / f).is_file()]
     if missing: raise ValueError(f"run {folder} is damaged: {', '.join(missing)} missing. Move the folder away and make the run again.")
-    try:
-        record = json.loads((folder / 'params.json').read_text())
-        if record['results_version'] != RESULTS_VERSION:
-            raise ValueError(f"it was made by results version {record['results_version']}, this code has {RESULTS_VERSION}")
-        parameters = Parameters(**record['parameters'] | {'device': 'cpu'})                   # readable without the device
-        object.__setattr__(parameters, 'device', record['parameters']['device'])
-        metrics = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-        summary = json.loads((folder / 'summary.json').read_text())
-        with np.load(folder / 'samples.npz') as f: samples = torch.from_numpy(f['samples'].astype(np.float32))
-        net = MLP(dataset_of(parameters).dim, parameters.width)
-        net.load_state_dict(load_file(folder / 'model.safetensors'))
-    except Exception as e:
-        raise ValueError(f"run {folder} cannot be read: {e}. Move the folder away and make the run again.") from e
-    return Run(folder, parameters, record['environment'], metrics, summary, samples, net.eval())
+    def read(name, reader):
+        try: return reader(folder / name)
+        except Exception as e: raise ValueError(f"run {folder} cannot be read: {name}: {e}. Move the folder away and make the run again.") from e
+    parameters, environment = read('params.json', _read_params)
+    dim = dataset_of(parameters).dim
+    metrics = read('metrics.jsonl', lambda path: _read_metrics(path, parameters.epochs))
+    summary = read('summary.json', _read_summary)
+    samples = read('samples.npz', lambda path: _read_samples(path, dim))
+    net = read('model.safetensors', lambda path: _read_net(path, dim, parameters.width))
+    return Run(folder, parameters, environment, metrics, summary, samples, net)
 
-# %% ../nbs/95_runs.ipynb #8d1af7f3
+# %% ../nbs/95_runs.ipynb #249d47fd
+def _commit():
+    "The commit of this library's own checkout; None if it is installed, or git is not there."
+    root = Path(importlib.util.find_spec('lfdm').origin).resolve().parent.parent
+    if not (root / 'settings.ini').is_file(): return None
+    try: return subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=root, capture_output=True, text=True).stdout.strip() or None
+    except OSError: return None
+
 def _versions():
     "What the numbers may depend on."
     packages = {p: importlib.metadata.version(p) for p in ('torch', 'numpy')}
-    git = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=project_root(), capture_output=True, text=True)
-    return {'python': platform.python_version()} | packages | {'commit': git.stdout.strip() or None, 'threads': torch.get_num_threads()}
+    return {'python': platform.python_version()} | packages | {'commit': _commit(), 'threads': torch.get_num_threads()}
 
 def _new_network(parameters):
     "The untrained network of a run: its weights depend on the seed alone."
@@ -197,12 +236,13 @@ def _summary(parameters, state, samples):
         summary |= {'floor': f, 'excess': report['excess'], 'excess_se': report['excess_se'], 'excess_ratio': report['excess'] / f}
     return summary | {'weights': sum(p.numel() for p in state.net.parameters()), 'distances': judge(samples, dataset, seed=1)}
 
-# %% ../nbs/95_runs.ipynb #0e4c91b2
+# %% ../nbs/95_runs.ipynb #3f223c72
 def folder_of(parameters: Parameters,  # the run
               study: str = 'train',    # the study it belongs to
               root=None,               # where runs lie; default: $LFDM_RUNS, or else runs/ of the project
              ) -> Path:                # <root>/<study>/<slug>
     "Where a run's record lies."
+    if not study or Path(study).name != study: raise ValueError(f"study must be a plain folder name, not {study!r}.")
     return Path(root or os.environ.get('LFDM_RUNS') or project_root() / 'runs') / study / parameters.slug()
 
 def make_run(parameters: Parameters, # what to run
@@ -212,19 +252,23 @@ def make_run(parameters: Parameters, # what to run
             ) -> Run:                # raises ValueError, OSError, RuntimeError, FloatingPointError
     "Load the run if it is finished, resume it if it was cut short, else make it."
     folder = folder_of(parameters, study, root)
-    if folder.exists(): return load_run(folder)
     work, lock = (folder.with_name(f'.{folder.name}.{what}') for what in ('partial', 'lock'))
     try:
-        work.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock, timeout=0):
-            if not folder.exists():
-                _train_into(work, parameters, progress or (lambda *a: None))
-                os.replace(work, folder)
-            lock.unlink(missing_ok=True)
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock, timeout=0):
+                if not folder.exists():
+                    work.mkdir(exist_ok=True)
+                    complete = all((work / f).is_file() for f in FILES) and not (work / 'checkpoint.safetensors').exists()   # killed just before the renaming
+                    if not complete: _train_into(work, parameters, progress or (lambda *a: None))
+                    os.replace(work, folder)
+                lock.unlink(missing_ok=True)
     except Timeout: raise RuntimeError(f"another process is making this run ({work}). Wait for it, or stop it and run again to resume.") from None
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         raise OSError(f"cannot write the run to {folder.parent}: {e}. Nothing finished is lost: with space and permission, run again to resume.") from e
-    return load_run(folder)
+    run = load_run(folder)
+    if run.parameters != parameters: raise ValueError(f"run {folder} is damaged: its record is of other parameters, {run.parameters}. Move the folder away and make the run again.")
+    return run
 
 def _train_into(work, parameters, progress):
     "Train, sample, judge; leave the complete record in the work folder."
@@ -246,15 +290,16 @@ def _train_into(work, parameters, progress):
     _write_json(work / 'summary.json', _summary(parameters, state, samples))
     _write_json(work / 'params.json', {'parameters': dataclasses.asdict(parameters), 'results_version': RESULTS_VERSION,
                                        'environment': _versions() | {'seconds': round(time.perf_counter() - began, 1)}})
-    checkpoint.unlink()
+    for f in sorted(work.iterdir(), key=lambda f: f == checkpoint):   # the checkpoint last; safetensors leaves a .tmp file when killed
+        if f.name not in FILES: f.unlink()
 
-# %% ../nbs/95_runs.ipynb #0c6c7683
+# %% ../nbs/95_runs.ipynb #fe8a73f5
 def progress_bar():  # a callback for make_run
     "A progress bar for each phase of a run."
     from tqdm import tqdm
     units, bars = {'train': 'epoch', 'sample': 'step'}, {}
     def progress(phase, done, total):
-        if phase not in bars: bars[phase] = tqdm(total=total, initial=done, desc=f'{phase:>6}', unit=units.get(phase, 'it'), mininterval=1, ncols=80)
+        if phase not in bars or done < bars[phase].n: bars[phase] = tqdm(total=total, initial=done, desc=f'{phase:>6}', unit=units.get(phase, 'it'), mininterval=1, ncols=80)
         bars[phase].update(done - bars[phase].n)
         if done == total: bars[phase].close()
     return progress

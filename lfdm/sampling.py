@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['SAMPLERS', 'network_denoiser', 'exact_denoiser', 'ancestral_step', 'ddim_step', 'sampling', 'sample']
 
-# %% ../nbs/80_sampling.ipynb #822fe63c
+# %% ../nbs/80_sampling.ipynb #3357e742
 import torch
 
-from .core import expand, instance, lookup, number
+from .core import expand, instance, lookup, number, seeded
 from .losses import predict
 from .schedules import SCHEDULES, Level, Schedule, posterior
 from .targets import TARGETS, Target
@@ -88,7 +88,7 @@ def _sampling(denoiser, shape, steps, schedule, step, generator, dtype):
             raise FloatingPointError(f"samples stopped being finite at step {i} of {steps}, at logsnr {s.logsnr:.4g}.")
         yield i, s, z
 
-# %% ../nbs/80_sampling.ipynb #8b9b394e
+# %% ../nbs/80_sampling.ipynb #e3cad6fd
 def sample(denoiser,         # denoiser(z, level) -> (x̂, ε̂)
            n: int,           # number of samples
            dim: int = 2,     # their dimension
@@ -101,8 +101,8 @@ def sample(denoiser,         # denoiser(z, level) -> (x̂, ε̂)
            progress=None,    # called as progress(steps done, steps in all) after each step
           ) -> torch.Tensor: # (n, dim) samples at t = 0
     "Samples, a chunk at a time."
-    n, chunk = number('n', n, low=1, integer=True), number('chunk', chunk, low=1, integer=True)
-    g, parts = torch.Generator(device).manual_seed(number('seed', seed, integer=True)), []
+    n, dim, chunk = (number(k, v, low=1, integer=True) for k, v in (('n', n), ('dim', dim), ('chunk', chunk)))
+    g, parts = seeded(seed, device), []
     starts = range(0, n, chunk)
     for j, start in enumerate(starts):
         for i, level, z in sampling(denoiser, (min(chunk, n - start), dim), steps, schedule, sampler, g):

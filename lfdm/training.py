@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ValidationSet', 'TrainState', 'train']
 
-# %% ../nbs/70_training.ipynb #67cf9010
+# %% ../nbs/70_training.ipynb #47a65f54
 import json
 import os
 from pathlib import Path
@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .core import expand, number
+from .core import expand, number, seeded
 from .losses import DiffusionLoss, predict
 
-# %% ../nbs/70_training.ipynb #ddf2b182
+# %% ../nbs/70_training.ipynb #19e40d52
 class ValidationSet:
     "Fixed (x, ε, t), spread evenly over λ: the loss overall and per λ, and the excess over the best possible."
     def __init__(self,
@@ -28,7 +28,7 @@ class ValidationSet:
                  seed: int = 0,        # of ε and t
                  denoise=None,         # exact E[x given z] as denoise(z, alpha, sigma), if known
                 ):
-        s, n, g = loss.schedule, len(x), torch.Generator().manual_seed(number('seed', seed, integer=True))
+        s, n, g = loss.schedule, len(x), seeded(seed)
         if not s.logsnr_max - s.logsnr_min < float('inf'): raise ValueError(f"validation needs a finite range of logsnr, not {s!r}.")
         self.loss, self.bins = loss, number('bins', bins, low=1, high=n, integer=True)
         self.width = (s.logsnr_max - s.logsnr_min) / self.bins
@@ -36,6 +36,7 @@ class ValidationSet:
         eps = torch.randn(x.shape, generator=g).to(x)
         self.z, self.y, self.level = loss.noisy(x, s.t(logsnr).to(x), eps)
         self.density = s.density(logsnr).to(x) * (s.logsnr_max - s.logsnr_min)   # p(λ) over the density of this set
+        self.bin = ((logsnr - s.logsnr_min) / self.width).long().clamp(max=self.bins - 1).to(x.device)
         self.logsnr = s.logsnr_min + self.width * (torch.arange(self.bins).double() + 0.5)
         self.best = None
         if denoise is not None:
@@ -45,9 +46,9 @@ class ValidationSet:
 
     def _statistics(self, name, values):
         values = (values * self.density).double()
-        per_bin = torch.stack([v.mean() for v in values.tensor_split(self.bins)])
+        per_bin = values.new_zeros(self.bins).index_add_(0, self.bin, values) / len(values)
         return {name: values.mean().item(), f'{name}_se': (values.std() / len(values)**0.5).item(),
-                f'{name}_per_logsnr': (per_bin / (self.width * self.bins)).tolist()}
+                f'{name}_per_logsnr': (per_bin / self.width).tolist()}
 
     @torch.no_grad()
     def __call__(self,
@@ -59,7 +60,7 @@ class ValidationSet:
         if self.best is not None: report |= self._statistics('excess', self.loss.error(self.best, y_hat, self.level))
         return report
 
-# %% ../nbs/70_training.ipynb #e94ac51d
+# %% ../nbs/70_training.ipynb #49dcaa77
 class TrainState:
     "A training run at the end of an epoch: everything needed to go on from there."
     def __init__(self,
@@ -70,7 +71,7 @@ class TrainState:
         self.net, self.epoch, self.history = net, 0, []
         device = next(net.parameters()).device
         self.optimizer = torch.optim.Adam(net.parameters(), number('lr', lr, low=0, above=True), fused=True)
-        self.generator = torch.Generator(device).manual_seed(number('seed', seed, integer=True))
+        self.generator = seeded(seed, device)
 
     def save(self,
              path,  # the checkpoint's file
@@ -94,6 +95,7 @@ class TrainState:
         try:
             with safe_open(path, 'pt') as f: tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
             epoch, history = int(meta['epoch']), json.loads(meta['history'])
+            if not isinstance(history, list): raise ValueError('its history is no list')
             weights = {k[4:]: v for k, v in tensors.items() if k.startswith('net.')}
             mine = self.net.state_dict()
             if {k: v.shape for k, v in weights.items()} != {k: v.shape for k, v in mine.items()}:
@@ -101,8 +103,11 @@ class TrainState:
             moments = {}
             for k, v in tensors.items():
                 if k.startswith('optimizer.'): _, i, name = k.split('.'); moments.setdefault(int(i), {})[name] = v
+            shapes = {i: {'step': (), 'exp_avg': p.shape, 'exp_avg_sq': p.shape} for i, p in enumerate(self.net.parameters()) if epoch and p.requires_grad}
+            if {i: {k: v.shape for k, v in m.items()} for i, m in moments.items()} != shapes: raise ValueError("it does not hold this network's Adam moments")
             generator = tensors['generator']
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as e:
+            torch.Generator(self.generator.device).set_state(generator)   # raises if it is another device's
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as e:
             raise ValueError(f"checkpoint {path} cannot be used: {e}. Move it away to start afresh.") from e
         self.net.load_state_dict(weights)
         self.optimizer.load_state_dict({'state': moments, 'param_groups': self.optimizer.state_dict()['param_groups']})
