@@ -28,7 +28,7 @@ def predict(net,             # network: (z of shape (n, ...), u of shape (n,)) -
     if y_hat.shape != z.shape: raise ValueError(f"the network returned shape {tuple(y_hat.shape)} for data of shape {tuple(z.shape)}.")
     return y_hat
 
-# %% ../nbs/40_losses.ipynb #983ba055
+# %% ../nbs/40_losses.ipynb #d76aa55c
 def _batch(name: str,  # what it is, for the message
            a,          # what must be a floating-point tensor of shape (n, ...), n > 0
           ):           # raises TypeError
@@ -36,7 +36,21 @@ def _batch(name: str,  # what it is, for the message
     if not torch.is_tensor(a) or not a.is_floating_point() or a.ndim < 2 or not len(a):
         raise TypeError(f"{name} must be floating-point data of shape (n, ...), not {_described(a)}.")
 
-# %% ../nbs/40_losses.ipynb #96878ce3
+def _noise(eps, x):
+    "Noise given by the caller, if it is like the data."
+    if torch.is_tensor(eps) and (eps.shape, eps.dtype, eps.device) == (x.shape, x.dtype, x.device): return eps
+    raise ValueError(f"eps must be like x, {_described(x)}, not {_described(eps)}.")
+
+def _times(t, x, loss):
+    "Times given by the caller, one per example: in [0, 1], and where the loss's factor is finite."
+    t = as_number(t)
+    if t.ndim > 1 or t.numel() not in (1, len(x)): raise ValueError(f"t has shape {tuple(t.shape)}, but x has {len(x)} examples.")
+    if not ((0 <= t) & (t <= 1)).all(): raise ValueError(f"t must lie in [0, 1], not {t}.")
+    t = t.to(x.device, x.dtype).expand(len(x))
+    if loss.factor(t).isfinite().all(): return t
+    raise ValueError(f"{loss} has no finite factor where alpha or sigma is 0. Choose a finite logsnr range.")
+
+# %% ../nbs/40_losses.ipynb #4c650ecc
 class DiffusionLoss:
     "A diffusion loss: schedule × target × weighting. `loss(net, x)` gives one value per example."
     def __init__(self,
@@ -59,19 +73,6 @@ class DiffusionLoss:
                   ):   # factor on the noise error, t's shape
         "The factor on the noise's squared error at time t: `factor` over r_y."
         return self.weighting.eps_factor(self.schedule.logsnr(t), self.schedule, self.target)
-
-    def times(self,
-              t,               # times in [0, 1]: a number, or one per example
-              x: torch.Tensor, # the data they are for, shape (n, ...)
-             ) -> torch.Tensor: # (n,) of x's dtype; raises ValueError outside [0, 1] or where the factor is not finite
-        "Times given by the caller, checked."
-        t = as_number(t)
-        if t.ndim > 1 or t.numel() not in (1, len(x)): raise ValueError(f"t has shape {tuple(t.shape)}, but x has {len(x)} examples.")
-        if not ((0 <= t) & (t <= 1)).all(): raise ValueError(f"t must lie in [0, 1], not {t}.")
-        t = t.to(x.device, x.dtype).expand(len(x))
-        if not self.factor(t).isfinite().all():
-            raise ValueError(f"{self} has no finite factor where alpha or sigma is 0. Choose a finite logsnr range.")
-        return t
 
     def noisy(self,
               x: torch.Tensor,   # clean data, shape (n, ...)
@@ -100,10 +101,8 @@ class DiffusionLoss:
                 ) -> torch.Tensor:        # (n,), one value per example
         "The loss of each example; thesis (3.21)-(3.64) with its mean over dimensions and without its ½."
         _batch('x', x)
-        t = sample_times(len(x), generator, x.device, x.dtype) if t is None else self.times(t, x)
-        if eps is None: eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        elif not torch.is_tensor(eps) or (eps.shape, eps.dtype, eps.device) != (x.shape, x.dtype, x.device):
-            raise ValueError(f"eps must be like x, {_described(x)}, not {_described(eps)}.")
+        t = sample_times(len(x), generator, x.device, x.dtype) if t is None else _times(t, x, self)
+        eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype) if eps is None else _noise(eps, x)
         z, y, level = self.noisy(x, t, eps)
         return self.error(y, predict(net, z, level), level)
 
