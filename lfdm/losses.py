@@ -50,7 +50,7 @@ def _times(t, x, loss):
     if loss.factor(t).isfinite().all(): return t
     raise ValueError(f"{loss} has no finite factor where alpha or sigma is 0. Choose a finite logsnr range.")
 
-# %% ../nbs/40_losses.ipynb #4c650ecc
+# %% ../nbs/40_losses.ipynb #68053d2e
 class DiffusionLoss:
     "A diffusion loss: schedule × target × weighting. `loss(net, x)` gives one value per example."
     def __init__(self,
@@ -73,6 +73,14 @@ class DiffusionLoss:
                   ):   # factor on the noise error, t's shape
         "The factor on the noise's squared error at time t: `factor` over r_y."
         return self.weighting.eps_factor(self.schedule.logsnr(t), self.schedule, self.target)
+
+    def draw(self,
+             x: torch.Tensor,                    # clean data, shape (n, ...)
+             generator: torch.Generator = None,  # source of both; default: torch's own
+            ) -> tuple:                          # (t, eps): low-discrepancy times, shape (n,), and standard normal noise, x's shape
+        "The randomness of one batch."
+        return (sample_times(len(x), generator, x.device, x.dtype),
+                torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype))
 
     def noisy(self,
               x: torch.Tensor,   # clean data, shape (n, ...)
@@ -101,8 +109,9 @@ class DiffusionLoss:
                 ) -> torch.Tensor:        # (n,), one value per example
         "The loss of each example; thesis (3.21)-(3.64) with its mean over dimensions and without its ½."
         _batch('x', x)
-        t = sample_times(len(x), generator, x.device, x.dtype) if t is None else _times(t, x, self)
-        eps = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype) if eps is None else _noise(eps, x)
+        drawn = self.draw(x, generator) if t is None or eps is None else (t, eps)
+        t = drawn[0] if t is None else _times(t, x, self)
+        eps = drawn[1] if eps is None else _noise(eps, x)
         z, y, level = self.noisy(x, t, eps)
         return self.error(y, predict(net, z, level), level)
 

@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['RESULTS_VERSION', 'FILES', 'check_device', 'Parameters', 'parameters_from', 'dataset_of', 'Run', 'load_run',
-           'folder_of', 'make_run', 'progress_bar', 'summary_table']
+           'folder_of', 'make_run', 'progress_bar', 'summary_table', 'grid', 'make_grid']
 
-# %% ../nbs/95_runs.ipynb #0a5d919e
+# %% ../nbs/95_runs.ipynb #e79142a2
 import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import platform
 import subprocess
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -30,11 +32,11 @@ from .core import lookup, number, project_root, unknown
 from .data import DATASETS
 from .evaluation import floor, floor_per_logsnr, judge
 from .losses import DiffusionLoss
-from .networks import MLP
+from .networks import MLP, StackedMLP
 from .sampling import SAMPLERS, network_denoiser, sample
 from .schedules import SCHEDULES
 from .targets import TARGETS
-from .training import TrainState, ValidationSet, train
+from .training import TrainState, ValidationSet, train, train_stack
 from .weightings import WEIGHTINGS
 
 # %% ../nbs/95_runs.ipynb #cd4bd00b
@@ -204,7 +206,7 @@ def load_run(folder,     # the run's folder
     net = read('model.safetensors', lambda path: _read_net(path, dim, parameters.width))
     return Run(folder, parameters, environment, metrics, summary, samples, net)
 
-# %% ../nbs/95_runs.ipynb #249d47fd
+# %% ../nbs/95_runs.ipynb #165a8bee
 def _commit():
     "The commit of this library's own checkout; None if it is installed, or git is not there."
     root = Path(importlib.util.find_spec('lfdm').origin).resolve().parent.parent
@@ -225,18 +227,18 @@ def _new_network(parameters):
 
 def _write_json(path, content): path.write_text(json.dumps(content, indent=1) + '\n')
 
-def _summary(parameters, state, samples):
+def _summary(parameters, net, samples):
     "The final numbers: test loss, floor and excess, and distances with their noise floors."
     loss, dataset = parameters.loss(), dataset_of(parameters)
     test = dataset.test(parameters.seed).to(parameters.device)
-    report = ValidationSet(loss, test, seed=1, denoise=dataset.denoise if dataset.exact else None)(state.net)
+    report = ValidationSet(loss, test, seed=1, denoise=dataset.denoise if dataset.exact else None)(net)
     summary = {'loss': report['loss'], 'loss_se': report['loss_se']}
     if dataset.exact:
         f = floor(loss, dataset)
         summary |= {'floor': f, 'excess': report['excess'], 'excess_se': report['excess_se'], 'excess_ratio': report['excess'] / f}
-    return summary | {'weights': sum(p.numel() for p in state.net.parameters()), 'distances': judge(samples, dataset, seed=1)}
+    return summary | {'weights': sum(p.numel() for p in net.parameters()), 'distances': judge(samples, dataset, seed=1)}
 
-# %% ../nbs/95_runs.ipynb #3f223c72
+# %% ../nbs/95_runs.ipynb #5bab06de
 def folder_of(parameters: Parameters,  # the run
               study: str = 'train',    # the study it belongs to
               root=None,               # where runs lie; default: $LFDM_RUNS, or else runs/ of the project
@@ -270,34 +272,43 @@ def make_run(parameters: Parameters, # what to run
     if run.parameters != parameters: raise ValueError(f"run {folder} is damaged: its record is of other parameters, {run.parameters}. Move the folder away and make the run again.")
     return run
 
+def _validation(parameters):
+    "The fixed validation set of a run."
+    dataset = dataset_of(parameters)
+    x = dataset.sample(10_000, parameters.seed, 'test').to(parameters.device)
+    return ValidationSet(parameters.loss(), x, denoise=dataset.denoise if dataset.exact else None)
+
 def _train_into(work, parameters, progress):
     "Train, sample, judge; leave the complete record in the work folder."
-    began, loss, dataset = time.perf_counter(), parameters.loss(), dataset_of(parameters)
-    device, checkpoint = torch.device(parameters.device), work / 'checkpoint.safetensors'
+    began, checkpoint = time.perf_counter(), work / 'checkpoint.safetensors'
     state = TrainState(_new_network(parameters), parameters.lr, parameters.seed)
     if checkpoint.exists(): state.load(checkpoint)
-    x = dataset.train(parameters.seed).to(device)
-    validation = ValidationSet(loss, dataset.sample(10_000, parameters.seed, 'test').to(device), denoise=dataset.denoise if dataset.exact else None)
+    x = dataset_of(parameters).train(parameters.seed).to(parameters.device)
     progress('train', state.epoch, parameters.epochs)
-    for state in train(state, loss, x, parameters.epochs, parameters.batch_size, validation):
+    for state in train(state, parameters.loss(), x, parameters.epochs, parameters.batch_size, _validation(parameters)):
         state.save(checkpoint)
         progress('train', state.epoch, parameters.epochs)
-    samples = sample(network_denoiser(state.net, parameters.target), parameters.n_samples, dataset.dim, parameters.sample_steps, loss.schedule,
-                     parameters.sampler, parameters.seed, device=device, progress=lambda *a: progress('sample', *a)).cpu()
+    _record(work, parameters, state.net, state.history, {'seconds': lambda: round(time.perf_counter() - began, 1)}, progress)
+
+def _record(work, parameters, net, history, environment, progress):
+    "Sample, judge, and write the complete record of a trained network into its work folder."
+    loss, dataset = parameters.loss(), dataset_of(parameters)
+    samples = sample(network_denoiser(net, parameters.target), parameters.n_samples, dataset.dim, parameters.sample_steps, loss.schedule,
+                     parameters.sampler, parameters.seed, device=parameters.device, progress=lambda *a: progress('sample', *a)).cpu()
     np.savez_compressed(work / 'samples.npz', samples=samples.numpy())
-    save_file({k: v.cpu() for k, v in state.net.state_dict().items()}, work / 'model.safetensors')
-    (work / 'metrics.jsonl').write_text(''.join(json.dumps(m) + '\n' for m in state.history))
-    _write_json(work / 'summary.json', _summary(parameters, state, samples))
+    save_file({k: v.cpu() for k, v in net.state_dict().items()}, work / 'model.safetensors')
+    (work / 'metrics.jsonl').write_text(''.join(json.dumps(m) + '\n' for m in history))
+    _write_json(work / 'summary.json', _summary(parameters, net, samples))
     _write_json(work / 'params.json', {'parameters': dataclasses.asdict(parameters), 'results_version': RESULTS_VERSION,
-                                       'environment': _versions() | {'seconds': round(time.perf_counter() - began, 1)}})
-    for f in sorted(work.iterdir(), key=lambda f: f == checkpoint):   # the checkpoint last; safetensors leaves a .tmp file when killed
+                                       'environment': _versions() | {k: v() if callable(v) else v for k, v in environment.items()}})
+    for f in sorted(work.iterdir(), key=lambda f: f.name == 'checkpoint.safetensors'):   # the checkpoint last; safetensors leaves a .tmp file when killed
         if f.name not in FILES: f.unlink()
 
-# %% ../nbs/95_runs.ipynb #fe8a73f5
+# %% ../nbs/95_runs.ipynb #89a38dae
 def progress_bar():  # a callback for make_run
     "A progress bar for each phase of a run."
     from tqdm import tqdm
-    units, bars = {'train': 'epoch', 'sample': 'step'}, {}
+    units, bars = {'train': 'epoch', 'sample': 'step', 'stack': 'stack'}, {}
     def progress(phase, done, total):
         if phase not in bars or done < bars[phase].n: bars[phase] = tqdm(total=total, initial=done, desc=f'{phase:>6}', unit=units.get(phase, 'it'), mininterval=1, ncols=80)
         bars[phase].update(done - bars[phase].n)
@@ -317,3 +328,68 @@ def summary_table(run: Run,  # a finished run
         rows.append((name.replace('_', ' '), f"{d['value']:.4f}", f"two sets of real data: {d['noise']:.4f} ± {d['noise_sd']:.4f}"))
     rows.append(('conditions', f"λ in [{p.logsnr_min:g}, {p.logsnr_max:g}], seed {p.seed}", f"{p.n_samples:,} samples, {p.sampler}, {p.sample_steps} steps"))
     return '\n'.join(['| | | |', '|---|---|---|'] + [f'| {a} | {b} | {c} |' for a, b, c in rows])
+
+# %% ../nbs/95_runs.ipynb #b438a1a9
+def grid(**axes,  # name -> a value or a list of values, for the fields of Parameters
+        ) -> list: # of Parameters; raises ValueError for an unknown axis or an empty one
+    "All combinations, the last axis fastest."
+    valid = [f.name for f in dataclasses.fields(Parameters)]
+    for k, v in axes.items():
+        if k not in valid: raise ValueError(unknown('axis', k, valid))
+        if isinstance(v, (list, tuple)) and not v: raise ValueError(f"axis {k!r} of the grid is empty.")
+    values = [v if isinstance(v, (list, tuple)) else [v] for v in axes.values()]
+    return [Parameters(**dict(zip(axes, combination))) for combination in itertools.product(*values)]
+
+# %% ../nbs/95_runs.ipynb #7384a7c2
+def make_grid(parameters: list,       # of Parameters: what to run
+              study: str = 'train',   # the study they belong to
+              root=None,              # where runs lie; default: $LFDM_RUNS, or else runs/ of the project
+              progress=None,          # called as progress(phase, done, total)
+              stack: int = 4,         # networks trained together; what is fastest depends on the machine's caches
+             ) -> tuple:              # (finished runs by their parameters, epoch of divergence by parameters)
+    "Load the runs that are finished and make the others, a stack at a time."
+    stack, progress = number('stack', stack, low=1, integer=True), progress or (lambda *a: None)
+    alike = lambda p: (p.width, p.epochs, p.batch_size, p.lr, p.device, dataset_of(p).n_train, dataset_of(p).dim)   # what one stack shares
+    missing = [p for p in dict.fromkeys(parameters) if not folder_of(p, study, root).exists()]
+    missing.sort(key=lambda p: (*alike(p), repr(p.loss())))      # neighbours share the loss
+    stacks = [list(batch) for _, same in itertools.groupby(missing, alike) for batch in _batches(list(same), stack)]
+    diverged = {}
+    for i, batch in enumerate(stacks):
+        progress('stack', i, len(stacks))
+        diverged |= _make_stack(batch, study, root, progress)
+    progress('stack', len(stacks), len(stacks))
+    return {p: make_run(p, study, root) for p in parameters if p not in diverged}, diverged
+
+def _batches(items, n): return [items[i:i + n] for i in range(0, len(items), n)]
+
+# %% ../nbs/95_runs.ipynb #5fd98b92
+def _make_stack(batch, study, root, progress):
+    "Train a stack of runs and write their records; the epochs of those that diverged."
+    folders = [folder_of(p, study, root) for p in batch]
+    name = hashlib.sha256(' '.join(f.name for f in folders).encode()).hexdigest()[:8]
+    checkpoint, began = folders[0].parent / f'.stack-{name}.safetensors', time.perf_counter()
+    with ExitStack() as locks:
+        try:
+            folders[0].parent.mkdir(parents=True, exist_ok=True)
+            for f in folders: locks.enter_context(FileLock(f.with_name(f'.{f.name}.lock'), timeout=0))
+            state = TrainState(StackedMLP([_new_network(p) for p in batch]), batch[0].lr, [p.seed for p in batch])
+            if checkpoint.exists(): state.load(checkpoint)
+            data = [dataset_of(p).train(p.seed).to(p.device) for p in batch]
+            progress('train', state.epoch, batch[0].epochs)
+            for state in train_stack(state, [p.loss() for p in batch], data, batch[0].epochs, batch[0].batch_size, [_validation(p) for p in batch]):
+                state.save(checkpoint)
+                progress('train', state.epoch, batch[0].epochs)
+            seconds, diverged = round((time.perf_counter() - began) / len(batch), 1), {}
+            for m, (p, folder) in enumerate(zip(batch, folders)):
+                history = [reports[m] for reports in state.history]
+                if 'diverged' in history[-1]: diverged[p] = next(r['epoch'] for r in history if 'diverged' in r); continue
+                work = folder.with_name(f'.{folder.name}.partial'); work.mkdir(exist_ok=True)
+                if not folder.exists():
+                    _record(work, p, state.net.network(m), history, {'seconds': seconds, 'stacked': len(batch)}, progress)
+                    os.replace(work, folder)
+            checkpoint.unlink(missing_ok=True)
+            for f in folders: f.with_name(f'.{f.name}.lock').unlink(missing_ok=True)
+        except Timeout: raise RuntimeError(f"another process is making one of these runs in {folders[0].parent}. Wait for it, or stop it.") from None
+        except (OSError, SafetensorError) as e:
+            raise OSError(f"cannot write runs to {folders[0].parent}: {e}. Nothing finished is lost: with space and permission, run again to resume.") from e
+    return diverged

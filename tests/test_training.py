@@ -36,7 +36,7 @@ def last(state, epochs=1, batch_size=20, x=X, loss=LOSS, validation=None):
 def everything(state):
     "All that a state is made of, as text."
     tensors = lambda d: {k: tensors(v) if isinstance(v, dict) else v.tolist() if torch.is_tensor(v) else v for k, v in sorted(d.items(), key=str)}
-    return repr((tensors(state.net.state_dict()), tensors(state.optimizer.state_dict()), state.generator.get_state().tolist(), state.epoch, state.history))
+    return repr((tensors(state.net.state_dict()), tensors(state.optimizer.state_dict()), [g.get_state().tolist() for g in state.generators], state.epoch, state.history))
 
 
 # ---- batches
@@ -150,9 +150,9 @@ DAMAGE = {
     'no weights': lambda p: without(p, 'net.'),
     'one weight gone': lambda p: without(p, 'net.layers.0.bias'),
     'one weight more': lambda p: without(p, new={'net.layers.99.bias': torch.zeros(3)}),
-    'no generator': lambda p: without(p, 'generator'),
-    'generator of a gpu': lambda p: without(p, new={'generator': torch.zeros(16, dtype=torch.uint8)}),
-    'generator of floats': lambda p: without(p, new={'generator': torch.zeros(5056)}),
+    'no generator': lambda p: without(p, 'generators'),
+    'generator of a gpu': lambda p: without(p, new={'generators': torch.zeros(1, 16, dtype=torch.uint8)}),
+    'generator of floats': lambda p: without(p, new={'generators': torch.zeros(1, 5056)}),
     'no moments': lambda p: without(p, 'optimizer.'),
     'moments of one weight gone': lambda p: without(p, 'optimizer.3.'),
     'one moment gone': lambda p: without(p, 'optimizer.3.exp_avg_sq'),
