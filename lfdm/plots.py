@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'LABELS', 'SCALES', 'STABLE', 'ANONYMOUS', 'use_style', 'figure_folder', 'freeze_layout', 'shrunk', 'render',
-           'save_figure', 'figure_record', 'scatter', 'forward_row', 'plot_forward', 'plot_loss',
+           'describe', 'save_figure', 'figure_record', 'scatter', 'forward_row', 'plot_forward', 'plot_loss',
            'plot_loss_per_logsnr', 'plot_samples']
 
 # %% ../nbs/97_plots.ipynb #20c94aaf
@@ -78,20 +78,30 @@ def render(fig,                # a figure
         fig.savefig(file, format=form, metadata=ANONYMOUS[form] | {'Description': description})
         return shrunk(file, description) if form == 'png' else file.getvalue()
 
-# %% ../nbs/97_plots.ipynb #5a3a1440
+# %% ../nbs/97_plots.ipynb #8c157d37
+def describe(name: str,        # the figure's
+             parameters: dict, # what made it
+             scale: str,       # one of SCALES
+            ) -> str:          # JSON in ASCII; raises ValueError or TypeError
+    "What is stored inside a figure's file."
+    if not isinstance(name, str) or not re.fullmatch('[a-z0-9]+([-_][a-z0-9]+)*', name):
+        raise ValueError(f"a figure's name is made of small letters and digits, joined by - or _, not {name!r}.")
+    if not isinstance(parameters, dict): raise TypeError(f"a figure's parameters must be a dict, not {parameters!r:.60}.")
+    try: return json.dumps({'figure': name, 'scale': scale, 'parameters': parameters}, allow_nan=False)
+    except (TypeError, ValueError) as e: raise type(e)(f"the parameters of figure {name!r} must be what JSON can hold: {e}.") from None
+
+# %% ../nbs/97_plots.ipynb #337c9756
 def save_figure(fig,               # what to save
-                name: str,         # e.g. 'fig-3-2': small letters, digits and hyphens
+                name: str,         # e.g. 'fig-3-2': small letters and digits, joined by - or _
                 parameters: dict,  # what made it: anything JSON can hold
                 folder=None,       # where to; default: `figure_folder(scale)`
                 scale: str = 'full', # one of SCALES; if not full it is written into the figure and its file name
                ) -> list:          # the paths of the PNG and the SVG; raises ValueError or TypeError before it writes
     "Save a figure as PNG and SVG, byte-stable, with its parameters inside."
-    folder = Path(folder or figure_folder(scale))
-    if scale not in SCALES: raise ValueError(unknown('scale', scale, SCALES))
-    if not re.fullmatch('[a-z0-9]+(-[a-z0-9]+)*', name): raise ValueError(f"a figure's name is made of small letters, digits and hyphens, not {name!r}.")
-    description = json.dumps({'figure': name, 'scale': scale, 'parameters': parameters}, allow_nan=False)
+    default = figure_folder(scale)
+    folder, description = Path(folder or default), describe(name, parameters, scale)
     if scale != 'full' and not any(t.get_gid() == 'scale' for t in fig.texts):
-        fig.text(1, 0, f'{scale} ', ha='right', va='bottom', size='small', color='gray', gid='scale')
+        fig.text(0, 1, f' {scale}', ha='left', va='top', size='small', color='gray', gid='scale')
     freeze_layout(fig)
     content = {form: render(fig, form, description) for form in ANONYMOUS}
     folder.mkdir(parents=True, exist_ok=True)

@@ -238,7 +238,7 @@ def _summary(parameters, net, samples):
         summary |= {'floor': f, 'excess': report['excess'], 'excess_se': report['excess_se'], 'excess_ratio': report['excess'] / f}
     return summary | {'weights': sum(p.numel() for p in net.parameters()), 'distances': judge(samples, dataset, seed=1)}
 
-# %% ../nbs/95_runs.ipynb #5bab06de
+# %% ../nbs/95_runs.ipynb #35ab3e60
 def folder_of(parameters: Parameters,  # the run
               study: str = 'train',    # the study it belongs to
               root=None,               # where runs lie; default: $LFDM_RUNS, or else runs/ of the project
@@ -272,6 +272,7 @@ def make_run(parameters: Parameters, # what to run
     if run.parameters != parameters: raise ValueError(f"run {folder} is damaged: its record is of other parameters, {run.parameters}. Move the folder away and make the run again.")
     return run
 
+# %% ../nbs/95_runs.ipynb #63c11c8d
 def _validation(parameters):
     "The fixed validation set of a run."
     dataset = dataset_of(parameters)

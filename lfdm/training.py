@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ValidationSet', 'TrainState', 'train', 'stack_loss', 'train_stack']
 
-# %% ../nbs/70_training.ipynb #f7805572
+# %% ../nbs/70_training.ipynb #b828d5d9
 import json
 import os
 from itertools import groupby
@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .core import expand, number, seeded
-from .losses import DiffusionLoss, predict
+from .losses import DiffusionLoss, draw, predict
 from .networks import StackedMLP
 from .schedules import Level
 
@@ -153,7 +153,7 @@ def train(state: TrainState,     # the state to go on from; changed in place
 
 def _finite(value): return all(map(_finite, value)) if isinstance(value, list) else abs(value) < float('inf')
 
-# %% ../nbs/70_training.ipynb #a3eb1a2f
+# %% ../nbs/70_training.ipynb #8218fd52
 def stack_loss(net: StackedMLP,   # M networks
                losses: list,      # their losses
                x: torch.Tensor,   # their batches, shape (M, n, D)
@@ -161,7 +161,7 @@ def stack_loss(net: StackedMLP,   # M networks
               ) -> torch.Tensor:  # (M,): each network's mean loss
     "The loss of each network of a stack on its own batch."
     m, n = x.shape[:2]
-    drawn = [loss.draw(batch, g) for loss, batch, g in zip(losses, x, generators)]
+    drawn = [draw(batch, g) for batch, g in zip(x, generators)]
     groups = [list(g) for _, g in groupby(range(m), key=lambda i: repr(losses[i]))]   # neighbours with the same loss
     flat = lambda i: (x[i[0]:i[-1] + 1].flatten(0, 1), *(torch.cat(q) for q in zip(*drawn[i[0]:i[-1] + 1])))
     parts = [losses[i[0]].noisy(*flat(i)) for i in groups]
