@@ -6,8 +6,9 @@
 __all__ = ['DISTANCES', 'floor_per_logsnr', 'floor', 'mean_distance', 'covariance_distance', 'directions', 'sliced_wasserstein',
            'noise_floor', 'judge']
 
-# %% ../nbs/90_evaluation.ipynb #8e6e6ec1
+# %% ../nbs/90_evaluation.ipynb #95e3d243
 import math
+from functools import lru_cache
 
 import torch
 
@@ -105,7 +106,9 @@ def noise_floor(distance,      # distance(x, y) -> float
     values = torch.tensor(values, dtype=torch.float64)
     return values.mean().item(), values.std().item()
 
-# %% ../nbs/90_evaluation.ipynb #7332374a
+# %% ../nbs/90_evaluation.ipynb #5b8845ea
+_noise_floor = lru_cache(noise_floor)   # many models are judged beside the same two sets of real data
+
 def judge(samples: torch.Tensor,  # generated, shape (n, D)
           dataset,                # the data set they imitate
           seed: int = 0,          # of the real samples compared with
@@ -116,6 +119,6 @@ def judge(samples: torch.Tensor,  # generated, shape (n, D)
     report = {}
     for name, distance in DISTANCES.items():
         value = distance(samples.cpu(), real)
-        noise, sd = noise_floor(distance, dataset, len(samples), repeats=repeats)
+        noise, sd = _noise_floor(distance, dataset, len(samples), repeats=repeats)
         report[name] = {'value': value, 'noise': noise, 'noise_sd': sd}
     return report

@@ -21,7 +21,7 @@ from .losses import DiffusionLoss, draw, predict
 from .networks import StackedMLP
 from .schedules import Level
 
-# %% ../nbs/70_training.ipynb #19e40d52
+# %% ../nbs/70_training.ipynb #d874c7eb
 class ValidationSet:
     "Fixed (x, ε, t), spread evenly over λ: the loss overall and per λ, and the excess over the best possible."
     def __init__(self,
@@ -30,6 +30,7 @@ class ValidationSet:
                  bins: int = 20,       # number of equal bins of λ
                  seed: int = 0,        # of ε and t
                  denoise=None,         # exact E[x given z] as denoise(z, alpha, sigma), if known
+                 others=(),            # further weightings of the same error to report, by name
                 ):
         s, n, g = loss.schedule, len(x), seeded(seed)
         if not s.logsnr_max - s.logsnr_min < float('inf'): raise ValueError(f"validation needs a finite range of logsnr, not {s!r}.")
@@ -41,6 +42,7 @@ class ValidationSet:
         self.density = s.density(logsnr).to(x) * (s.logsnr_max - s.logsnr_min)   # p(λ) over the density of this set
         self.bin = ((logsnr - s.logsnr_min) / self.width).long().clamp(max=self.bins - 1).to(x.device)
         self.logsnr = s.logsnr_min + self.width * (torch.arange(self.bins).double() + 0.5)
+        self.others = {w: DiffusionLoss(s, loss.target, w) for w in others}
         self.best = None
         if denoise is not None:
             alpha, sigma = expand(self.level.alpha, x), expand(self.level.sigma, x)
@@ -56,11 +58,15 @@ class ValidationSet:
     @torch.no_grad()
     def __call__(self,
                  net,        # network: net(z, u) -> ŷ
-                 ) -> dict:  # loss, loss_se, loss_per_logsnr; with a known denoiser also excess, excess_se, excess_per_logsnr
+                 ) -> dict:  # loss, loss_se, loss_per_logsnr; with a known denoiser also excess, ...; of others nelbo_loss, nelbo_excess, ...
         "The network's loss on the fixed set, with standard errors (upper bounds: the strata make the true ones smaller)."
-        y_hat = predict(net, self.z, self.level)
-        report = self._statistics('loss', self.loss.error(self.y, y_hat, self.level))
-        if self.best is not None: report |= self._statistics('excess', self.loss.error(self.best, y_hat, self.level))
+        y_hat, report = predict(net, self.z, self.level), {}
+        for name, y in {'loss': self.y, 'excess': self.best}.items():
+            if y is None: continue
+            report |= self._statistics(name, self.loss.error(y, y_hat, self.level))
+            for other, loss in self.others.items():
+                of_other = self._statistics(f'{other}_{name}', loss.error(y, y_hat, self.level))
+                report |= {k: v for k, v in of_other.items() if not isinstance(v, list)}
         return report
 
 # %% ../nbs/70_training.ipynb #77ae5f5f

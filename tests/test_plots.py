@@ -6,7 +6,8 @@ import matplotlib
 import pytest
 from PIL import Image
 
-from lfdm.plots import SCALES, figure_folder, figure_record, plt, save_figure
+from lfdm.plots import figure_record, plt, save_figure
+from lfdm.studies import SCALES, place
 from tree import ROOT
 
 PARAMETERS = {"set": "ring", "points": 300, "levels": [1.5, "inf"], "why": "<λ> & ‘more’", "none": None}
@@ -76,7 +77,7 @@ def test_scales_have_their_own_files(fig, tmp_path):
 
 def test_smoke_stays_out_of_figures(fig, tmp_path, monkeypatch):
     monkeypatch.setenv("LFDM_RUNS", str(tmp_path))
-    assert figure_folder("full") == figure_folder("quick") == ROOT / "figures"
+    assert place("figures", "full") == place("figures", "quick") == ROOT / "figures"
     assert all(path.is_relative_to(tmp_path) for path in save_figure(fig, "a", {}, scale="smoke"))
 
 

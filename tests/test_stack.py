@@ -130,7 +130,7 @@ def never_killed(tmp_path_factory):
     return make_grid(grid(target=["x", "eps", "v"], **SMALL), root=tmp_path_factory.mktemp("grid"), stack=2)[0]
 
 
-@pytest.mark.parametrize("death", [("train", 0), ("train", 1), ("train", 2), ("sample", 2), ("stack", 1)], ids=str)
+@pytest.mark.parametrize("death", [("train", 0), ("train", 1), ("train", 2), ("sample", 4), ("stack", 1)], ids=str)
 def test_a_killed_grid_loses_nothing_and_ends_the_same(death, tmp_path, never_killed):
     parameters = list(never_killed)
     with pytest.raises(Killed): make_grid(parameters, root=tmp_path, stack=2, progress=die(*death))
