@@ -3,7 +3,7 @@
 # its own set-up (.venv, the pinned packages), once.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lab docs export lock clean
+.PHONY: help setup figures draw train test lab docs export lock clean
 
 # The Python that makes .venv: the first of these that is new enough and has venv.
 # Another one: `make PYTHON=/path/to/python`.
@@ -41,6 +41,21 @@ $(READY): settings.ini setup.py constraints.txt
 	@mkdir -p .venv/etc/ipython # a kernel that serves this machine need not warn that it does not encrypt
 	@echo "c.IPKernelApp.log_level = 'ERROR'" > .venv/etc/ipython/ipython_kernel_config.py
 	@touch $@
+
+# Notebooks run from the top; figures go to figures/, records to records/, the notebooks that ran to runs/.
+scale ?= full
+STUDY = mkdir -p runs; for n in $(1); do echo "== nbs/experiments/$$n.ipynb, $(scale) scale"; \
+	$(PY) -m papermill nbs/experiments/$$n.ipynb runs/$$n.ipynb --no-progress-bar --stdout-file - --stderr-file - -p scale $(scale) || exit 1; done; \
+	echo "The figures: figures/. With tables and text: runs/thesis.ipynb, runs/verdicts.ipynb"
+SCALE_KNOWN = case "$(scale)" in full|quick) ;; *) echo "scale is full or quick, not $(scale)." >&2; exit 1;; esac
+
+figures: $(READY) ## the whole 2D study from scratch: trains 96 networks, draws every figure (make figures scale=quick: minutes)
+	@$(SCALE_KNOWN)
+	@$(call STUDY,theory thesis_runs thesis verdicts)
+
+draw: $(READY) ## the same figures from the committed record, without training
+	@$(SCALE_KNOWN)
+	@$(call STUDY,theory thesis verdicts)
 
 train: $(READY) ## train, sample and judge one model: make train args="-p target v -p dataset swiss"
 	@mkdir -p runs

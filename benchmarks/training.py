@@ -9,6 +9,7 @@ forward, backward, Adam. Per model-step:
 - smalldiffusion's training loop, fed ready-made batches, so that its data loader costs it next to nothing;
 - a plain PyTorch loop: plain noise error, fused Adam, nothing else;
 - lfdm's `train` for one network, and `train_stack` for several;
+- the same stacks in as many processes as there are threads, one thread each, as `make_grid(workers=...)` trains a grid;
 - the arithmetic alone: 6 operations per weight and example, at the fastest matrix product measured in the same round.
 
 The contestants take turns, round by round, so that a machine that slows down slows all of them; the table has the medians over rounds.
@@ -20,13 +21,14 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from joblib import Parallel, delayed
 
 from lfdm.data import DATASETS
 from lfdm.losses import DiffusionLoss
 from lfdm.networks import MLP, StackedMLP
 from lfdm.training import TrainState, train, train_stack
 
-BATCH, STEPS, ROUNDS, STACKS = 512, 97, 7, (2, 4, 8, 16)
+BATCH, STEPS, ROUNDS, STACKS, PROCESSES = 512, 97, 7, (2, 4, 8, 16), torch.get_num_threads()
 LOSS = DiffusionLoss("cosine", "eps", "weighted")
 DATA = DATASETS["ring"]().sample(BATCH * STEPS)
 FLOPS = 6 * BATCH * sum(p.numel() for p in MLP().parameters() if p.ndim == 2)
@@ -91,9 +93,16 @@ def stacked(m):
     return epochs_of(train_stack(state, [LOSS] * m, [DATA] * m, 2, BATCH)) / STEPS / m
 
 
+def processes(m):
+    "Seconds per model-step of stacks side by side: the slowest one's."
+    return max(Parallel(PROCESSES)(delayed(stacked)(m) for _ in range(PROCESSES))) / PROCESSES
+
+
 def main():
     contestants = {"smalldiffusion": smalldiffusion, "plain PyTorch loop": plain, "lfdm, one network": alone}
     contestants |= {f"lfdm, {m} stacked": (lambda m=m: stacked(m)) for m in STACKS}
+    contestants |= {f"lfdm, {PROCESSES} processes of {m} stacked": (lambda m=m: processes(m)) for m in (2, 4)}
+    for m in (2, 4): processes(m)     # starts them
     times, limits = {name: [] for name in contestants}, []
     for _ in range(ROUNDS):
         limits.append(FLOPS / peak())

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'LABELS', 'STABLE', 'ANONYMOUS', 'use_style', 'freeze_layout', 'shrunk', 'render', 'describe', 'save_figure',
-           'figure_record', 'scatter', 'forward_row', 'plot_forward', 'plot_loss', 'plot_loss_per_logsnr',
-           'plot_samples']
+           'figure_record', 'scatter', 'band', 'forward_row', 'plot_forward', 'score_field', 'plot_loss',
+           'plot_loss_per_logsnr', 'plot_samples']
 
 # %% ../nbs/97_plots.ipynb #b46643de
 import io
@@ -111,7 +111,7 @@ def figure_record(path,     # a PNG or SVG that `save_figure` wrote
     if not description: raise ValueError(f"{path} does not say how it was made: `save_figure` did not write it.")
     return json.loads(description)
 
-# %% ../nbs/97_plots.ipynb #27d3743b
+# %% ../nbs/97_plots.ipynb #2875bad9
 def scatter(ax,                # where to draw
             x: torch.Tensor,   # points, shape (n, 2)
             color=COLORS['data'], # of the points
@@ -124,6 +124,16 @@ def scatter(ax,                # where to draw
     ax.scatter(*x.cpu().T, s=size, lw=0, alpha=opacity, color=color, rasterized=True)
     ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect='equal', xticks=[-2, 0, 2], yticks=[-2, 0, 2], title=title)
     return ax
+
+def band(ax,           # where to draw
+         x,            # shape (k,)
+         values,       # shape (seeds, k)
+         **style,      # of the line
+        ):             # the line
+    "A curve: the mean over seeds as a line, their range as a band."
+    line, = ax.plot(x, np.mean(values, 0), **style)
+    ax.fill_between(x, np.min(values, 0), np.max(values, 0), color=line.get_color(), alpha=0.25, lw=0)
+    return line
 
 def forward_row(axes,              # one for each time
                 dataset,           # the data set
@@ -152,6 +162,26 @@ def plot_forward(dataset,           # the data set
         ax.set(title=f't = {t:g},  λ = {level.logsnr:.1f}', xlabel='$z_1$')
     axes[0].set_ylabel('$z_2$')
     return fig
+
+# %% ../nbs/97_plots.ipynb #5627f9ff
+def score_field(ax,              # where to draw
+                dataset,         # the data set
+                alpha,           # the noise level's signal scale, a number or a tensor of one
+                sigma,           # its noise scale
+                z: torch.Tensor, # where the arrows start: a square grid, shape (n², 2)
+                score,           # the arrows, z's shape
+                pixels: int = 161, # along each side of the density's image
+                limit: float = 2.6, # half the side
+               ):                # the axes
+    "Scores as arrows over the exact density of the noisy data."
+    axis, z, arrows = torch.linspace(-limit, limit, pixels, dtype=torch.float64), torch.as_tensor(z), torch.as_tensor(score)
+    q = dataset.log_prob_at(torch.cartesian_prod(axis, axis), alpha, sigma).exp().reshape(pixels, pixels)
+    ax.contourf(axis, axis, (q / q.max()).sqrt().T, levels=np.linspace(0.1, 1, 6), cmap='Greys', vmin=-0.1, vmax=1.8).set_rasterized(True)
+    arrows = arrows / arrows.norm(dim=1, keepdim=True).sqrt()
+    ax.quiver(*z.T, *(arrows / arrows.norm(dim=1).max()).T, color=COLORS['score'], angles='xy', scale_units='xy', scale=len(z)**0.5 / (3.4 * limit), width=0.008,
+              clip_on=False).set_in_layout(False)
+    ax.set(aspect='equal', xticks=[-2, 0, 2], yticks=[-2, 0, 2], xlim=(-limit, limit), ylim=(-limit, limit))
+    return ax
 
 # %% ../nbs/97_plots.ipynb #d6594e84
 def plot_loss(run,  # a finished run

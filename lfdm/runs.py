@@ -241,13 +241,13 @@ def _summary(parameters, net, samples):
         summary |= {'floor': f, 'excess_ratio': report['excess'] / f}
     return summary | {'weights': sum(p.numel() for p in net.parameters()), 'distances': judge(samples, dataset, seed=1)}
 
-# %% ../nbs/95_runs.ipynb #35ab3e60
+# %% ../nbs/95_runs.ipynb #9dd5a39f
 def folder_of(parameters: Parameters,  # the run
               study: str = 'train',    # the study it belongs to
               root=None,               # where runs lie; default: $LFDM_RUNS, or else runs/ of the project
              ) -> Path:                # <root>/<study>/<slug>
     "Where a run's record lies."
-    if not study or Path(study).name != study: raise ValueError(f"study must be a plain folder name, not {study!r}.")
+    if not isinstance(study, str) or study in ('', '.', '..') or Path(study).name != study: raise ValueError(f"study must be a plain folder name, not {study!r}.")
     return Path(root or os.environ.get('LFDM_RUNS') or project_root() / 'runs') / study / parameters.slug()
 
 def make_run(parameters: Parameters, # what to run

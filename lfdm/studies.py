@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCALES', 'CURVES', 'PER_LOGSNR', 'FIRST_SEED', 'SAMPLED', 'place', 'suffixed', 'error_variance', 'arrow_grid',
            'learned_score', 'outside', 'measure', 'measured', 'packed', 'write_whole', 'Record', 'load_record', 'flat',
-           'condense']
+           'condense', 'make_record']
 
 # %% ../nbs/96_studies.ipynb #aa03ff93
 import hashlib
@@ -234,3 +234,23 @@ def condense(parameters: list,   # of Parameters
     together = {name: np.stack([a[name] for _, a in (pairs[:first] if name in FIRST_SEED else pairs)]) for name in arrays[0]}
     about = settings | {'environment': next(iter(runs.values())).environment, 'diverged': [{'run': p.slug(), 'epoch': e} for p, e in diverged.items()]}
     return Record(about, rows, {k: v if v.dtype == np.float16 else v.astype(np.float32) for k, v in together.items()})
+
+# %% ../nbs/96_studies.ipynb #00b7143f
+def make_record(name: str,          # of the study
+                parameters: list,   # of Parameters
+                settings: dict,     # of `measure`
+                scale: str = 'full', # one of SCALES
+                **how,              # workers, stack, progress: as in `condense`
+               ) -> Record:         # raises ValueError if a record of that name has other parameters
+    "Make a study's record and save it."
+    path = place('records', scale) / f'{suffixed(name, scale)}.json'
+    try: there = {tuple(r[k] for k in vars(parameters[0])) for r in load_record(name, scale).rows}
+    except (FileNotFoundError, ValueError): there = set()      # a damaged one is made again
+    asked = {tuple(vars(p).values()) for p in parameters}
+    if there - asked:
+        fields = {k: ({t[i] for t in there}, {a[i] for a in asked}) for i, k in enumerate(vars(parameters[0]))}
+        other = '; '.join(f'{k} {sorted(a)}, not {sorted(b)}' for k, (a, b) in fields.items() if a != b)
+        raise ValueError(f"the study {name!r} exists with other parameters: {other}. Choose another name, or move {path} away.")
+    record = condense(parameters, suffixed(name, scale), settings, **how)
+    record.save(name, scale)
+    return record

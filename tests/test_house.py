@@ -177,7 +177,7 @@ def test_setup_agrees_with_settings(monkeypatch):
     assert seen["description"] == SETTINGS["description"] and seen["author"] == SETTINGS["author"]
     assert seen["python_requires"] == f">={SETTINGS['min_python']}" and seen["packages"] == [SETTINGS["lib_path"]]
     assert seen["install_requires"] == SETTINGS["requirements"].split()
-    assert seen["extras_require"] == {"dev": SETTINGS["dev_requirements"].split()}
+    assert seen["extras_require"] == {extra: SETTINGS[f"{extra}_requirements"].split() for extra in ("dev", "workflow")}
     assert f'version = "{SETTINGS["version"]}"' in (ROOT / "lfdm/__init__.py").read_text().replace("__", "")
     assert f"version: {SETTINGS['version']}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"## {SETTINGS['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -629,3 +629,8 @@ def test_papermills_other_values(typed):
     translate = pytest.importorskip('papermill.cli')._resolve_type
     with pytest.raises((TypeError, ValueError), match='^epochs must'): parameters_from({'epochs': translate(typed)})
     with pytest.raises(ValueError, match='^unknown device'): parameters_from({'device': translate(typed)})
+
+
+@pytest.mark.parametrize('study', ['', '..', '.', 'a/b', '../x', 2024, None, Path('x')])
+def test_a_study_is_a_plain_folder_name(study, tmp_path):
+    with pytest.raises(ValueError, match='study must be a plain folder name'): folder_of(small(), study, tmp_path)

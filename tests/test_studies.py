@@ -7,25 +7,46 @@ import pytest
 
 from tree import ROOT, name, notebooks
 
-STUDIES = [path for path in notebooks() if path.parent.name == "experiments"]
+DRAWN = ("thesis.ipynb", "verdicts.ipynb")   # from the record that thesis_runs.ipynb leaves
+STUDIES = sorted((path for path in notebooks() if path.parent.name == "experiments"), key=lambda path: path.name in DRAWN)
 
 
 def state():
-    "The files of figures/ and runs/, with their times."
-    return {path: path.stat().st_mtime_ns for folder in ("figures", "runs") for path in (ROOT / folder).rglob("*") if path.is_file()}
+    "The files that a study of the full scale writes, with their times."
+    return {path: path.stat().st_mtime_ns for folder in ("figures", "records", "runs") for path in (ROOT / folder).rglob("*") if path.is_file()}
+
+
+def execute(study, runs, out, scale="smoke"):
+    env = os.environ | {"LFDM_RUNS": str(runs), "MPLBACKEND": "agg"}
+    command = [sys.executable, "-m", "papermill", str(study), str(out), "--no-progress-bar", "-p", "scale", scale]
+    return subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=name)
-def test_study_runs(study, tmp_path):
+def test_study_runs(study, runs, tmp_path):
     before = state()
-    env = os.environ | {"LFDM_RUNS": str(tmp_path / "runs"), "MPLBACKEND": "agg"}
-    command = [sys.executable, "-m", "papermill", str(study), str(tmp_path / "out.ipynb"), "--no-progress-bar", "-p", "scale", "smoke"]
-    done = subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = execute(study, runs, tmp_path / "out.ipynb")
     assert done.returncode == 0, done.stderr[-3000:]
     assert state() == before
 
 
 def test_a_wrong_scale_is_named(tmp_path):
-    command = [sys.executable, "-m", "papermill", str(STUDIES[0]), str(tmp_path / "out.ipynb"), "--no-progress-bar", "-p", "scale", "smok"]
-    done = subprocess.run(command, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = execute(STUDIES[0], tmp_path, tmp_path / "out.ipynb", "smok")
     assert done.returncode != 0 and "Did you mean 'smoke'?" in done.stderr
+
+
+@pytest.mark.parametrize("study", DRAWN)
+def test_a_missing_record_is_named_with_what_makes_it(study, tmp_path):
+    done = execute(ROOT / "nbs/experiments" / study, tmp_path, tmp_path / "out.ipynb")
+    assert done.returncode != 0 and "no record of study 'thesis'" in done.stderr and "Make it: make figures scale=smoke" in done.stderr
+
+
+@pytest.mark.parametrize("goal", ["figures", "draw"])
+def test_make_refuses_an_unknown_scale_before_any_work(goal):
+    done = subprocess.run(["make", "--silent", "--old-file=.venv/ready", goal, "scale=smal"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and "scale is full or quick, not smal." in done.stderr and "papermill" not in done.stdout

@@ -92,6 +92,7 @@ def test_the_parameters_tag_is_there_once():
     shown = {}
     exec(tagged[0], shown)
     shown.pop('__builtins__')
+    assert shown.pop('study') == 'train'
     assert Parameters(**shown) == Parameters() and set(shown) == set(Parameters.__dataclass_fields__)
 
 
@@ -138,7 +139,7 @@ def test_what_a_user_types(options, expected): assert begin(options) == Paramete
 @pytest.mark.parametrize('options, message', [
     ('-p epoch 5', "unknown parameter 'epoch'. Did you mean 'epochs'"), ('-p targt eps', "unknown parameter 'targt'. Did you mean 'target'"),
     ('-p learning_rate 1e-3', "unknown parameter 'learning_rate'. "), ('-p Target v', "unknown parameter 'Target'. Did you mean 'target'"),
-    ('-p epoch None', "unknown parameter 'epoch'"), ('-p epoch true', "unknown parameter 'epoch'"),
+    ('-p epoch None', "unknown parameter 'epoch'"), ('-p study ../x', "study must be a plain folder name, not '../x'"), ('-p epoch true', "unknown parameter 'epoch'"),
     ('-p target epsilon', "unknown target 'epsilon'. Did you mean 'eps'"), ('-p target true', 'unknown target'), ('-p target 1', 'unknown target 1'),
     ('-p target ""', "unknown target ''"), ('-p device gpu', "unknown device 'gpu'"), ('-p sampler None', 'unknown sampler None'),
     ('-p epochs ten', "epochs must be a whole number, not 'ten'"), ('-p epochs 2.5', 'epochs must be a whole number, not 2.5'), ('-p epochs true', 'epochs must'),
