@@ -81,7 +81,7 @@ def outside(samples: torch.Tensor,   # generated, shape (n, D)
     "Share of samples where the data are rare: below the given quantile of the data's own log-density."
     return (dataset.log_prob(samples) < _rare(dataset, quantile)).double().mean().item()
 
-# %% ../nbs/96_studies.ipynb #e114fa16
+# %% ../nbs/96_studies.ipynb #2ed1a999
 CURVES = ('loss', 'excess', 'nelbo_loss', 'nelbo_excess', 'rescaled_loss', 'rescaled_excess')  # over epochs
 PER_LOGSNR = ('loss_per_logsnr', 'excess_per_logsnr')                                          # at some epochs
 FIRST_SEED = ('samples', 'samples_few')                                                        # kept for one seed
@@ -99,13 +99,13 @@ def measure(run: Run,        # a finished run
     p, quality, few = run.parameters, [], []
     for k in [*steps, p.sample_steps]:
         samples = run.samples if k == p.sample_steps else run.sample(p.n_samples, p.seed, k)
-        if k != p.sample_steps: few.append(samples[:points // 2].numpy().astype(np.float16))
+        if k != p.sample_steps: few.append(samples[:points // 2].half().numpy())
         distances = judge(samples, run.dataset, seed=1) | {'outside': {'value': outside(samples, run.dataset)}}
         quality.append([distances[name]['value'] for name in SAMPLED])
     z, s = arrow_grid(arrows), run.loss.schedule
     return {f'{name}_curve': np.array([m[name] for m in run.metrics]) for name in CURVES} | {
         name: np.array([run.metrics[e][name] for e in epochs]) for name in PER_LOGSNR} | {
-        'quality': np.array(quality), 'samples': run.samples[:points].numpy().astype(np.float16), 'samples_few': np.stack(few), 'variance': error_variance(run, times).numpy(),
+        'quality': np.array(quality), 'samples': run.samples[:points].half().numpy(), 'samples_few': np.stack(few), 'variance': error_variance(run, times).numpy(),
         'field': torch.stack([learned_score(run, z, k) for k in logsnr]).numpy()}
 
 def measured(folder,          # a finished run's
