@@ -294,7 +294,7 @@ def test_an_unknown_key_is_named(copied):
     refused(copied, 'epoch')
 
 
-@pytest.mark.parametrize('version', [0, 2, '1', None])
+@pytest.mark.parametrize('version', [0, RESULTS_VERSION - 1, RESULTS_VERSION + 1, str(RESULTS_VERSION), None])
 def test_another_results_version_is_named(version, copied):
     edit(copied / 'params.json', lambda r: r.update(results_version=version))
     refused(copied, f'results version {version}.*{RESULTS_VERSION}')
