@@ -130,7 +130,7 @@ def never_killed(tmp_path_factory):
     return make_grid(grid(target=["x", "eps", "v"], **SMALL), root=tmp_path_factory.mktemp("grid"), stack=2)[0]
 
 
-@pytest.mark.parametrize("death", [("train", 0), ("train", 1), ("train", 2), ("sample", 4), ("stack", 1)], ids=str)
+@pytest.mark.parametrize("death", [("train", 0), ("train", 1), ("train", 2), ("sample", 2), ("sample", 4), ("stack", 1)], ids=str)
 def test_a_killed_grid_loses_nothing_and_ends_the_same(death, tmp_path, never_killed):
     parameters = list(never_killed)
     with pytest.raises(Killed): make_grid(parameters, root=tmp_path, stack=2, progress=die(*death))
@@ -141,6 +141,21 @@ def test_a_killed_grid_loses_nothing_and_ends_the_same(death, tmp_path, never_ki
         assert run.summary == never_killed[p].summary and run.metrics == never_killed[p].metrics and torch.equal(run.samples, never_killed[p].samples)
     for name, record in finished.items(): assert (tmp_path / "train" / name / "params.json").read_bytes() == record   # not made again
     assert not [f.name for f in (tmp_path / "train").iterdir() if f.name.startswith(".")]
+
+
+def test_a_grid_killed_between_the_records_of_a_stack_ends_the_same(tmp_path, never_killed, monkeypatch):
+    from lfdm import runs
+    record, made = runs._record, []
+    def dying(work, p, *rest):
+        if made: raise Killed
+        made.append(p); record(work, p, *rest)
+    monkeypatch.setattr(runs, "_record", dying)
+    with pytest.raises(Killed): make_grid(list(never_killed), root=tmp_path, stack=2)
+    monkeypatch.undo()
+    before = (folder_of(made[0], root=tmp_path) / "params.json").read_bytes()
+    again, _ = make_grid(list(never_killed), root=tmp_path, stack=2)
+    for p, run in again.items(): assert run.summary == never_killed[p].summary and torch.equal(run.samples, never_killed[p].samples)
+    assert (folder_of(made[0], root=tmp_path) / "params.json").read_bytes() == before   # not made again
 
 
 def test_a_grid_takes_up_runs_made_alone(tmp_path, never_killed):
