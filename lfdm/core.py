@@ -93,7 +93,7 @@ def expand(scale,             # a number, or a tensor of shape (), (n,) or (n, 1
 def is_symbolic(t,  # anything
                ) -> bool:
     "Is it a sympy expression?"
-    return type(t).__module__.split('.')[0] == 'sympy' or hasattr(t, 'free_symbols')
+    return hasattr(t, 'free_symbols') or str(type(t).__module__).split('.')[0] == 'sympy'
 
 def maths(t,  # a tensor or a sympy expression
          ) -> SimpleNamespace:  # log, exp, sqrt, sin, cos, atan, cosh, expm1, log1p, softplus, sigmoid and pi

@@ -21,9 +21,8 @@ def predict(net,             # network: (z of shape (n, ...), u of shape (n,)) -
             level: Level,    # the noise level, entries of shape (n,) or ()
            ) -> torch.Tensor: # ŷ, shape (n, ...)
     "The network's prediction at a noise level: it sees z/√(α²+σ²) and the cosine time of λ."
-    scale = (level.alpha**2 + level.sigma**2)**0.5
     u = network_time(level.logsnr).to(z.dtype)
-    y_hat = net(z / expand(scale, z), u.expand(len(z)))
+    y_hat = net(z / expand(level.scale, z), u.expand(len(z)))
     if not torch.is_tensor(y_hat): raise TypeError(f"the network returned {_described(y_hat)}, not a tensor.")
     if y_hat.shape != z.shape: raise ValueError(f"the network returned shape {tuple(y_hat.shape)} for data of shape {tuple(z.shape)}.")
     return y_hat
@@ -100,6 +99,12 @@ class DiffusionLoss:
         "The weighted squared error of a prediction."
         return self.weighting.factor(level.logsnr, self.schedule, self.target) * (y - y_hat.to(y.dtype)).square().flatten(1).mean(1)
 
+    def drawn(self, x, t=None, eps=None, generator=None):
+        "(t, eps) of one batch: checked if given, else drawn. Raises TypeError or ValueError."
+        _batch('x', x)
+        new = draw(x, generator) if t is None or eps is None else (t, eps)
+        return new[0] if t is None else _times(t, x, self), new[1] if eps is None else _noise(eps, x)
+
     def __call__(self,
                  net,                     # network: net(z, u) -> ŷ
                  x: torch.Tensor,         # clean data, shape (n, ...)
@@ -108,11 +113,7 @@ class DiffusionLoss:
                  generator: torch.Generator = None, # source of t and eps; default: torch's own
                 ) -> torch.Tensor:        # (n,), one value per example
         "The loss of each example; thesis (3.21)-(3.64) with its mean over dimensions and without its ½."
-        _batch('x', x)
-        drawn = draw(x, generator) if t is None or eps is None else (t, eps)
-        t = drawn[0] if t is None else _times(t, x, self)
-        eps = drawn[1] if eps is None else _noise(eps, x)
-        z, y, level = self.noisy(x, t, eps)
+        z, y, level = self.noisy(x, *self.drawn(x, t, eps, generator))
         return self.error(y, predict(net, z, level), level)
 
     def __repr__(self): return f"DiffusionLoss({self.schedule}, {self.target}, {self.weighting})"

@@ -134,19 +134,20 @@ class Run:
     def loss(self): "The loss it was trained with."; return self.parameters.loss()
 
     def denoiser(self):
-        "denoiser(z, level) -> (x̂, ε̂) of the trained network."
-        return network_denoiser(self.net, self.parameters.target)
+        "denoiser(z, level) -> (x̂, ε̂) of the trained network, within the range of λ it knows."
+        return network_denoiser(self.net, self.parameters.target, within=(self.parameters.logsnr_min, self.parameters.logsnr_max))
 
     def sample(self,
                n: int,             # number of samples
                seed: int = 0,      # same seed, same samples
                steps: int = None,  # default: as in the run
-               sampler: str = None, # default: as in the run
+               sampler=None,       # a name in SAMPLERS, or a step function; default: as in the run
+               schedule=None,      # the sampling schedule; default: as in the run
               ) -> torch.Tensor:   # (n, D)
         "New samples from the trained network."
         p = self.parameters
-        return sample(self.denoiser(), n, self.dataset.dim, p.sample_steps if steps is None else steps, self.loss.schedule,
-                      p.sampler if sampler is None else sampler, seed)
+        return sample(self.denoiser(), n, self.dataset.dim, p.sample_steps if steps is None else steps,
+                      self.loss.schedule if schedule is None else schedule, p.sampler if sampler is None else sampler, seed)
 
     def __repr__(self): return f"Run({self.folder.name}: " + ', '.join(f'{k} {self.summary[k]:.4g}' for k in ('loss', 'floor', 'excess') if k in self.summary) + ')'
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'Level', 'transition', 'posterior', 'Schedule', 'CosineSchedule', 'LinearSchedule', 'VESchedule',
-           'sample_times', 'network_time', 'network_logsnr']
+           'dlog_alpha', 'sde', 'sample_times', 'network_time', 'network_logsnr']
 
 # %% ../nbs/10_schedules.ipynb #7b8540e0
 import math
@@ -20,6 +20,10 @@ class Level(NamedTuple):
     logsnr: torch.Tensor  # λ
     alpha: torch.Tensor   # α, scale of the signal
     sigma: torch.Tensor   # σ, scale of the noise
+    @property
+    def scale(self): "√(α²+σ²), the standard deviation of noisy data of unit variance."; return (self.alpha**2 + self.sigma**2)**0.5
+    @property
+    def angle(self): "φ = atan(σ/α), from 0 (clean) to π/2 (noise); thesis 3.3."; return maths(self.sigma).atan(self.sigma / self.alpha)
 
 # %% ../nbs/10_schedules.ipynb #06b7c743
 def transition(s: Level,  # the cleaner level, λ_s > λ_t
@@ -154,6 +158,27 @@ class VESchedule(Schedule):
 
 # %% ../nbs/10_schedules.ipynb #5d64b11b
 SCHEDULES = {'cosine': CosineSchedule, 'linear': LinearSchedule, 've': VESchedule}
+
+# %% ../nbs/10_schedules.ipynb #9c6450ba
+def dlog_alpha(schedule, # an instance
+               logsnr,   # λ, a tensor or a symbol
+              ):         # d log α/dλ, λ's shape: sigmoid(-λ)/2 if variance is preserved, 0 if it explodes
+    "How fast the signal grows with λ: the derivative of the schedule's own `scales`."
+    log_alpha = lambda l: maths(l).log(schedule.scales(l)[0])
+    if is_symbolic(logsnr):
+        import sympy
+        l = sympy.Dummy('lambda', real=True)
+        return sympy.diff(log_alpha(l), l).subs(l, logsnr)
+    l = as_number(logsnr).detach().requires_grad_()
+    with torch.enable_grad(): return torch.autograd.grad(log_alpha(l).sum(), l)[0]
+
+def sde(schedule,    # an instance
+        t,           # times in [0, 1], a tensor or a symbol
+       ) -> tuple:   # (f, g²), t's shape
+    "The process dz = f z dt + g dw with the schedule's marginals; Kingma & Gao (1, 56, 57, 61)."
+    logsnr = schedule.logsnr(t)
+    slope, sigma = schedule.dlogsnr_at(logsnr), schedule.scales(logsnr)[1]
+    return slope * dlog_alpha(schedule, logsnr), -slope * sigma**2
 
 # %% ../nbs/10_schedules.ipynb #8cea9655
 def sample_times(n: int,                     # batch size

@@ -62,7 +62,7 @@ def test_ddim_maps_the_prior_as_the_probability_flow_does(schedule):
 
 
 def test_a_single_step_is_the_guess():
-    for sampler in SAMPLERS:
+    for sampler in ('ancestral', 'ddim', 'dpmpp_2m'):   # those that remix it
         (_, t, prior), (_, s, z) = states(steps=1, sampler=sampler, dtype=torch.float64)
         torch.testing.assert_close(z, exact(prior, t)[0], atol=.02, rtol=0)
 
