@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'CURVES', 'PER_LOGSNR', 'FIRST_SEED', 'SAMPLED', 'place', 'suffixed', 'error_variance', 'arrow_grid',
-           'learned_score', 'outside', 'measure', 'measured', 'packed', 'write_whole', 'Record', 'load_record', 'flat',
-           'condense', 'make_record']
+           'learned_score', 'outside', 'measure', 'measured', 'packed', 'write_whole', 'kept', 'kept_all', 'Record',
+           'load_record', 'flat', 'condense', 'make_record']
 
 # %% ../nbs/96_studies.ipynb #aa03ff93
 import hashlib
@@ -13,7 +13,7 @@ import io
 import itertools
 import json
 import os
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -114,13 +114,7 @@ def measured(folder,          # a finished run's
     "The measurements of a run: loaded if they are there, else made and kept beside the study's runs."
     folder, key = Path(folder), hashlib.sha256(json.dumps([RESULTS_VERSION, settings], sort_keys=True).encode()).hexdigest()[:8]
     path = folder.parent / 'measured' / f'{folder.name}-{key}.npz'
-    try:
-        with np.load(path) as f: return dict(f)
-    except Exception: pass                 # not there or damaged: it costs seconds to make again
-    arrays = measure(load_run(folder), **settings)
-    path.parent.mkdir(exist_ok=True)
-    write_whole(path, packed(arrays))
-    return arrays
+    return kept(path, lambda: measure(load_run(folder), **settings))
 
 # %% ../nbs/96_studies.ipynb #aa7e00a9
 def packed(arrays: dict,  # name -> array
@@ -139,6 +133,36 @@ def write_whole(path: Path,     # the file
         draft.write_bytes(content)
         os.replace(draft, path)
     finally: draft.unlink(missing_ok=True)
+
+# %% ../nbs/96_studies.ipynb #5607f036
+def kept(path,        # of an .npz file
+         make,        # make() -> dict of arrays
+        ) -> dict:    # name -> array
+    "Arrays from their file, made first if it is not there or damaged."
+    try:
+        with np.load(path) as f: return dict(f)
+    except Exception: pass
+    arrays = make()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(Path(path), packed(arrays))
+    return arrays
+
+def kept_all(study: str,     # whose they are
+             scale: str,     # one of SCALES
+             settings: list, # of dicts of plain values, one for each measurement
+             make,           # make(**settings) -> dict of arrays
+             workers: int = 1, # processes
+             progress=None,  # called as progress(phase, done, total)
+            ) -> list:       # of dicts: name -> array
+    "Measurements by their settings, several at a time; each is made once. Name what `make` does in the settings: a change of its code must change them."
+    folder, report = folder_of(Parameters(), suffixed(study, scale)).parent / 'measured', progress or (lambda *a: None)
+    key = lambda s: hashlib.sha256(json.dumps([RESULTS_VERSION, s], sort_keys=True).encode()).hexdigest()[:16]
+    tasks, results = (delayed(kept)(folder / f'{key(s)}.npz', partial(make, **s)) for s in settings), []
+    report('measure', 0, len(settings))
+    for arrays in Parallel(workers, return_as='generator')(tasks):
+        results.append(arrays)
+        report('measure', len(results), len(settings))
+    return results
 
 # %% ../nbs/96_studies.ipynb #c36c4129
 class Record:
