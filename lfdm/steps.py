@@ -214,13 +214,13 @@ def langevin_step(score,           # score(x) -> ∇log p(x)
     "One step of Langevin dynamics; thesis, algorithm 1."
     return x + size * score(x) + (2 * size)**0.5 * noise
 
-# %% ../nbs/75_steps.ipynb #c407a2b9
+# %% ../nbs/75_steps.ipynb #88ac5c6d
 def annealed_langevin_step(denoiser,        # denoiser(z, level) -> (x̂, ε̂)
                            z: torch.Tensor, # z_t, shape (n, ...)
                            s: Level,        # the cleaner level, to go to
                            t: Level,        # the noisier level, where z is
                            noise: torch.Tensor, # standard normal, z's shape
-                           size: float = 0.3, # of the step, in units of σ²
+                           size: float = 0.6, # of the step, in units of σ²
                           ) -> torch.Tensor: # z_s
     "A Langevin step at level s, from where z is; thesis 3.2.5."
     score = lambda z: -denoiser(z, s)[1] / s.sigma
