@@ -3,7 +3,7 @@
 # its own set-up (.venv, the pinned packages), once.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup figures draw train test lab docs export lock clean
+.PHONY: help setup figures draw study train test lab docs export lock clean
 
 # The Python that makes .venv: the first of these that is new enough and has venv.
 # Another one: `make PYTHON=/path/to/python`.
@@ -46,7 +46,7 @@ $(READY): settings.ini setup.py constraints.txt
 scale ?= full
 STUDY = mkdir -p runs; for n in $(1); do echo "== nbs/experiments/$$n.ipynb, $(scale) scale"; \
 	$(PY) -m papermill nbs/experiments/$$n.ipynb runs/$$n.ipynb --no-progress-bar --stdout-file - --stderr-file - -p scale $(scale) || exit 1; done; \
-	echo "The figures: figures/. With tables and text: runs/thesis.ipynb, runs/verdicts.ipynb"
+	echo "The figures: figures/. With tables and text: $(1:%=runs/%.ipynb)"
 SCALE_KNOWN = case "$(scale)" in full|quick) ;; *) echo "scale is full or quick, not $(scale)." >&2; exit 1;; esac
 
 figures: $(READY) ## the whole 2D study from scratch: trains 96 networks, draws every figure (about 50 minutes; make figures scale=quick: 4)
@@ -56,6 +56,11 @@ figures: $(READY) ## the whole 2D study from scratch: trains 96 networks, draws 
 draw: $(READY) ## the same figures from the committed record, without training
 	@$(SCALE_KNOWN)
 	@$(call STUDY,theory thesis verdicts)
+
+study: $(READY) ## one study: make study name=likelihood (or samplers, score_matching, score_target, ...; scale=quick)
+	@$(SCALE_KNOWN)
+	@test -f "nbs/experiments/$(name).ipynb" || { echo "There is no study '$(name)': $$(cd nbs/experiments && ls *.ipynb | sed 's/.ipynb//' | xargs)." >&2; exit 1; }
+	@$(call STUDY,$(name))
 
 train: $(READY) ## train, sample and judge one model: make train args="-p target v -p dataset swiss"
 	@mkdir -p runs

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .core import expand, number, seeded
+from .losses import _batch
 from .sampling import choices
 from .schedules import Level
 from .score_matching import directions, divergence, projected_divergence
@@ -28,6 +29,7 @@ def flow_log_prob(denoiser,        # denoiser(z, level) -> (x̂, ε̂), differen
                   max_steps: int = 2000, # of the solver
                  ) -> torch.Tensor:   # (n,), in nats; raises ValueError, FloatingPointError or RuntimeError
     "The log density of data under the probability-flow ODE; Kingma & Gao (91)."
+    _batch('x', x)
     _, schedule, _ = choices(denoiser, 1, schedule, 'adaptive')
     ends = [schedule.level(t) for t in (0., 1.)]
     u = None if trace == 'exact' else directions(x, trace, seeded(seed, x.device))
@@ -65,17 +67,20 @@ def nelbo(denoiser,        # denoiser(z, level) -> (x̂, ε̂)
           steps: int = None, # T; default: continuous time
           draws: int = 256,  # of level and noise, for each example
           seed: int = 0,     # of these
-         ) -> Bound:         # of tensors of shape (n,); raises ValueError
-    "An unbiased estimate of the NELBO with its three terms; thesis (3.13)-(3.20)."
-    _, schedule, _ = choices(denoiser, 1 if steps is None else steps, schedule, 'ancestral')
+         ) -> Bound:         # of tensors of shape (n,)
+    "An unbiased estimate of the NELBO with its three terms; thesis (3.13)-(3.20). Raises ValueError, TypeError or FloatingPointError."
+    _batch('x', x)
+    whole, schedule, _ = choices(denoiser, 1 if steps is None else steps, schedule, 'ancestral')
     if not math.isfinite(schedule.logsnr_max - schedule.logsnr_min): raise ValueError(f"the bound needs a finite range of logsnr, not {schedule!r}.")
     draws, g, dims, square = number('draws', draws, low=1, integer=True), seeded(seed, x.device), x[0].numel(), lambda a: a.square().flatten(1).sum(1)
     diffusion = x.new_zeros(len(x))
-    for logsnr, weight in zip(*(q.to(x) for q in _drawn_levels(schedule, steps, draws, len(x), g))):
+    for logsnr, weight in zip(*(q.to(x) for q in _drawn_levels(schedule, steps and whole, draws, len(x), g))):
         level, eps = Level(logsnr, *schedule.scales(logsnr)), torch.randn(x.shape, generator=g, device=x.device, dtype=x.dtype)
         with torch.no_grad(): eps_hat = denoiser(expand(level.alpha, x) * x + expand(level.sigma, x) * eps, level)[1]
         error, size = weight * square(eps - eps_hat), square(eps) - dims
-        slope = (error * size).mean() / size.square().mean()
+        if not error.isfinite().all(): raise FloatingPointError(f"the noise error is not finite at logsnr {logsnr[~error.isfinite()][0]:.4g}.")
+        product = error * size
+        slope = (product.sum() - product) / (2 * dims * max(len(x) - 1, 1))   # fitted on the other examples: no bias
         diffusion += (error - slope * size) / draws
     noisy = Level(schedule.logsnr_min, *(q.to(x) for q in schedule.scales(torch.tensor(schedule.logsnr_min, dtype=torch.float64))))
     signal, variance = (noisy.alpha / noisy.scale)**2, (noisy.sigma / noisy.scale)**2

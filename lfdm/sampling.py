@@ -53,14 +53,14 @@ def _states(denoiser, steps, schedule, step, randn):
     z, before, wanted = levels[0].scale * noise, None, inspect.signature(step).parameters
     yield 0, levels[0], z
     for i, (t, s) in enumerate(zip(levels, levels[1:]), 1):
-        told = {k: v for k, v in {'steps': steps, 'before': before}.items() if k in wanted}
+        told = {k: v for k, v in {'steps': steps, 'before': before}.items() if k in wanted and k not in getattr(step, 'keywords', {})}
         with torch.no_grad(): z = step(first := _First(denoiser), z, s, t, randn(), **told)
         before = first.guess
         yield i, s, z
 
 class _First:
     "A denoiser that remembers its first guess."
-    def __init__(self, denoiser): self.denoiser, self.guess = denoiser, None
+    def __init__(self, denoiser): self.denoiser, self.guess, self.within = denoiser, None, getattr(denoiser, 'within', None)
     def __call__(self, z, level):
         guess = self.denoiser(z, level)
         self.guess = self.guess or (level, guess)

@@ -169,16 +169,19 @@ def dlog_alpha(schedule, # an instance
         import sympy
         l = sympy.Dummy('lambda', real=True)
         return sympy.diff(log_alpha(l), l).subs(l, logsnr)
-    l = as_number(logsnr).detach().requires_grad_()
-    with torch.enable_grad(): return torch.autograd.grad(log_alpha(l).sum(), l)[0]
+    l = as_number(logsnr).detach().cpu().double().requires_grad_()   # sigmoid's own derivative loses its digits in float32
+    with torch.enable_grad(): return torch.autograd.grad(log_alpha(l).sum(), l)[0].to(logsnr if torch.is_tensor(logsnr) else l)
 
 def sde(schedule,    # an instance
         t,           # times in [0, 1], a tensor or a symbol
-       ) -> tuple:   # (f, g²), t's shape
+       ) -> tuple:   # (f, g²), t's shape; raises ValueError where they are not finite
     "The process dz = f z dt + g dw with the schedule's marginals; Kingma & Gao (1, 56, 57, 61)."
     logsnr = schedule.logsnr(t)
     slope, sigma = schedule.dlogsnr_at(logsnr), schedule.scales(logsnr)[1]
-    return slope * dlog_alpha(schedule, logsnr), -slope * sigma**2
+    f, g2 = slope * dlog_alpha(schedule, logsnr), -slope * sigma**2
+    if not is_symbolic(logsnr) and not (f.isfinite() & g2.isfinite()).all():
+        raise ValueError(f"the process has no finite drift and noise at logsnr {logsnr[~(f.isfinite() & g2.isfinite())].flatten()[0]:.4g}. Choose a finite logsnr range.")
+    return f, g2
 
 # %% ../nbs/10_schedules.ipynb #8cea9655
 def sample_times(n: int,                     # batch size

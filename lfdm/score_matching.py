@@ -126,8 +126,9 @@ class ScoreMatchingLoss(DiffusionLoss):
         super().__init__(schedule, 'score', weighting)
         self.objective, self.levels = instance(OBJECTIVES, objective, 'objective', Objective), None
         if levels is None: return
-        self.levels = torch.as_tensor(levels, dtype=torch.float64).reshape(-1)
         s = self.schedule
+        try: self.levels = torch.as_tensor(levels, dtype=torch.float64).reshape(-1)
+        except (TypeError, ValueError, RuntimeError): self.levels = torch.tensor([])
         if not len(self.levels) or not ((self.levels >= s.logsnr_min) & (self.levels <= s.logsnr_max)).all():
             raise ValueError(f"levels must be noise levels λ from {s.logsnr_min:g} to {s.logsnr_max:g}, not {levels!r}.")
 

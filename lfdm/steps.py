@@ -8,9 +8,11 @@ __all__ = ['SAMPLERS', 'network_denoiser', 'exact_denoiser', 'Counted', 'ancestr
            'langevin_step', 'annealed_langevin_step', 'predictor_corrector_step']
 
 # %% ../nbs/75_steps.ipynb #b4ee3fcd
+import math
+
 import torch
 
-from .core import expand, instance, maths, number
+from .core import expand, instance, is_symbolic, maths, number
 from .losses import predict
 from .schedules import Level, posterior
 from .targets import TARGETS, Target, V
@@ -85,7 +87,9 @@ def at_angle(angle, # φ = atan(σ/α), a tensor in (0, π/2)
             ) -> Level:  # variance preserving
     "The noise level at an angle: α = cos φ, σ = sin φ."
     m = maths(angle)
-    return Level(-2 * m.log(m.sin(angle) / m.cos(angle)), m.cos(angle), m.sin(angle))
+    alpha, sigma = m.cos(angle), m.sin(angle)
+    if not is_symbolic(angle): alpha = alpha.clamp(min=0)   # π/2 rounds up in float32
+    return Level(-2 * m.log(sigma / alpha), alpha, sigma)
 
 # %% ../nbs/75_steps.ipynb #50066344
 def euler_step(denoiser,        # denoiser(z, level) -> (x̂, ε̂)
@@ -121,10 +125,11 @@ def solve(f,              # f(φ, state) -> its derivative over φ
     "Solve an ODE over φ to a tolerance, with torchdiffeq's dopri5."
     from torchdiffeq import odeint
     rtol, atol = (number(k, v, low=0, above=True) for k, v in (('rtol', rtol), ('atol', atol)))
-    seen = [start]
+    seen, own = [start], []
     def watched(phi, state):
         seen[0] = phi
-        return f(phi, state)
+        try: return f(phi, state)
+        except AssertionError as e: own.append(e); raise
     leaf = state if torch.is_tensor(state) else state[0]
     wide = torch.float32 if leaf.device.type == 'mps' else torch.float64
     times = torch.stack([torch.as_tensor(phi, dtype=wide, device=leaf.device) for phi in (start, end)])
@@ -132,6 +137,7 @@ def solve(f,              # f(φ, state) -> its derivative over φ
     options = {'max_num_steps': number('max_steps', max_steps, low=1, integer=True), 'step_t': times[1:], 'first_step': (times[1] - times[0]).abs() / 10}   # never beyond the end
     try: out = odeint(watched, state, times, rtol=rtol, atol=atol, method='dopri5', options=options)
     except AssertionError as e:
+        if own: raise            # the network's, not the solver's
         logsnr = at_angle(torch.as_tensor(seen[0], dtype=wide)).logsnr
         raise RuntimeError(f"the adaptive solver did not converge at logsnr {logsnr:.4g} ({e}). Loosen rtol and atol ({rtol:g}, {atol:g}), raise "
                            f"max_steps ({max_steps}), or choose a sampler with fixed steps.") from None
@@ -171,6 +177,7 @@ def edm_step(denoiser,        # denoiser(z, level) -> (x̂, ε̂)
     y, n_t, n_s = z / t.alpha, t.sigma / t.alpha, s.sigma / s.alpha
     gamma = min(churn / steps, 2**0.5 - 1) if churn and low <= n_t <= high else 0
     n = n_t * (1 + gamma)
+    if gamma and getattr(denoiser, 'within', None): n = n.clamp(max=math.exp(-denoiser.within[0] / 2))   # no noisier than the training
     y = y + (n**2 - n_t**2)**0.5 * inflate * noise
     eps_at = lambda y, n: denoiser(y, Level(-2 * maths(n).log(n), n / n, n))[1]
     start = eps_at(y, n)

@@ -146,7 +146,7 @@ def kept(path,        # of an .npz file
     try:
         with np.load(path) as f: return dict(f)
     except Exception: pass
-    arrays = make()
+    arrays = {name: np.asarray(a) for name, a in make().items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_whole(Path(path), packed(arrays))
     return arrays
@@ -161,7 +161,7 @@ def kept_all(study: str,     # whose they are
     "Measurements by their settings, several at a time; each is made once. Name what `make` does in the settings: a change of its code must change them."
     folder, report = folder_of(Parameters(), suffixed(study, scale)).parent / 'measured', progress or (lambda *a: None)
     key = lambda s: hashlib.sha256(json.dumps([RESULTS_VERSION, s], sort_keys=True).encode()).hexdigest()[:16]
-    tasks, results = (delayed(kept)(folder / f'{key(s)}.npz', partial(make, **s)) for s in settings), []
+    tasks, results = [delayed(kept)(folder / f'{key(s)}.npz', partial(make, **s)) for s in settings], []
     report('measure', 0, len(settings))
     for arrays in Parallel(workers, return_as='generator')(tasks):
         results.append(arrays)

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy.integrate import simpson
 
-from lfdm.schedules import SCHEDULES, CosineSchedule, Level, LinearSchedule, VESchedule, network_logsnr, network_time, posterior, sample_times, transition
+from lfdm.schedules import (SCHEDULES, CosineSchedule, Level, LinearSchedule, VESchedule, dlog_alpha, network_logsnr, network_time, posterior, sample_times, sde,
+                            transition)
 
 torch.set_num_threads(1)
 f32, f64 = torch.float32, torch.float64
@@ -312,3 +313,119 @@ def test_network_time_at_the_extremes(dtype):
     u = network_time(torch.tensor([-math.inf, -1e4, -200., 0., 200., 1e4, math.inf], dtype=dtype))
     assert u.dtype == dtype and not u.isnan().any() and (u >= 0).all() and (u <= 1).all()
     assert u[0] == 1 and u[-1] == 0 and abs(u[3] - 0.5) < 1e-7
+
+
+# ---- the process
+
+@every
+@few
+@given(u=unit, v=unit)
+def test_the_process_has_the_moments_of_the_schedule(name, u, v):
+    "dα/dt = f α and dσ²/dt = 2 f σ² + g², by autograd of the schedule itself"
+    s = schedule_over(name, u, v)
+    t = torch.linspace(0.02, 0.98, 33, dtype=f64, requires_grad=True)
+    level = s.level(t)
+    dalpha, = torch.autograd.grad(level.alpha.sum(), t, retain_graph=True, materialize_grads=True)
+    dvariance, = torch.autograd.grad((level.sigma**2).sum(), t)
+    alpha, sigma = level.alpha.detach(), level.sigma.detach()
+    f, g2 = (q.detach() for q in sde(s, t))
+    torch.testing.assert_close(f * alpha, dalpha, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(2 * f * sigma**2 + g2, dvariance, rtol=1e-7, atol=1e-9 * g2.max().item())
+    assert (g2 > 0).all() and (f <= 0).all()
+
+
+@every
+@few
+@given(u=unit, v=unit)
+def test_the_growth_of_the_signal_is_its_slope(name, u, v):
+    "finite differences of log α over λ, and the known forms: sigmoid(-λ)/2 if variance is preserved, 0 if α is constant"
+    s = schedule_over(name, u, v)
+    logsnr, h = torch.linspace(s.logsnr_min, s.logsnr_max, 33, dtype=f64), 1e-5
+    log_alpha = lambda l: s.scales(l)[0].log()
+    got = dlog_alpha(s, logsnr)
+    torch.testing.assert_close(got, (log_alpha(logsnr + h) - log_alpha(logsnr - h)) / (2 * h), rtol=0, atol=1e-9)
+    preserving = (sum(q**2 for q in s.scales(logsnr)) - 1).abs().max() < 1e-12
+    torch.testing.assert_close(got, torch.sigmoid(-logsnr) / 2 if preserving else torch.zeros_like(logsnr), rtol=1e-6, atol=0)
+
+
+@every
+@pytest.mark.parametrize('dtype, widest, close', [(f32, 12.9, 1e-4), (f64, 20., 1e-6)])
+def test_the_growth_of_the_signal_keeps_its_digits_at_the_clean_end(name, dtype, widest, close):
+    "precision is stated at given λ: 1 - sigmoid(λ) must not be what gives sigmoid(-λ)"
+    s, logsnr = SCHEDULES[name](), torch.linspace(-10, widest, 41, dtype=dtype)
+    want = torch.sigmoid(-logsnr.double()) / 2 if name != 've' else torch.zeros(41, dtype=f64)
+    torch.testing.assert_close(dlog_alpha(s, logsnr).double(), want, rtol=close, atol=0)
+
+
+@every
+@pytest.mark.parametrize('dtype', [f32, f64])
+def test_the_process_is_finite_at_every_level_a_run_may_have(name, dtype):
+    s = schedule_over(name, 0., 1., 80.)
+    logsnr = torch.linspace(s.logsnr_min, s.logsnr_max, 161, dtype=dtype)
+    got = dlog_alpha(s, logsnr)
+    assert got.dtype == dtype and got.isfinite().all() and (got >= -1e-7).all() and (got <= 0.5 + 1e-6).all()
+    f, g2 = sde(s, torch.linspace(0, 1, 161, dtype=dtype))
+    assert f.dtype == g2.dtype == dtype and f.isfinite().all() and g2.isfinite().all() and (g2 > 0).all() and (f <= 1e-3).all()
+
+
+@every
+@pytest.mark.parametrize('dtype', [f32, f64])
+@pytest.mark.parametrize('shape', [(), (0,), (1,), (5, 1), (2, 3, 4)], ids=str)
+def test_the_process_keeps_shape_and_dtype_and_leaves_no_trace(name, dtype, shape):
+    s, t = SCHEDULES[name](), torch.full(shape, 0.4, dtype=dtype)
+    outside = dlog_alpha(s, t), *sde(s, t)
+    with torch.no_grad(): inside = dlog_alpha(s, t), *sde(s, t)
+    leaf = t.clone().requires_grad_()
+    for a, b, c in zip(outside, inside, (dlog_alpha(s, leaf), *sde(s, leaf))):
+        assert a.shape == shape and a.dtype == dtype and not a.requires_grad and torch.equal(a, b) and torch.equal(a, c.detach())
+    assert leaf.grad is None and not t.requires_grad
+    for value in (0.4, 0.): assert all(q.dtype == f64 and q.shape == () for q in (dlog_alpha(s, value), *sde(s, value)))
+
+
+@every
+def test_the_process_of_symbols_is_that_of_numbers(name):
+    import sympy
+    s, l, t = SCHEDULES[name](), sympy.Symbol('l', real=True), sympy.Symbol('t', positive=True)
+    for value in (-8., -0.3, 0., 5.):
+        assert float(sympy.N(dlog_alpha(s, l).subs(l, value))) == pytest.approx(dlog_alpha(s, value).item(), rel=1e-9, abs=1e-12)
+    for at in (0.1, 0.5, 0.9):
+        for symbolic, numeric in zip(sde(s, t), sde(s, at)): assert float(sympy.N(sympy.sympify(symbolic).subs(t, at))) == pytest.approx(numeric.item(), rel=1e-8, abs=1e-12)
+    preserving, exploding = sympy.simplify(dlog_alpha(s, l) - 1 / (2 * (1 + sympy.exp(l)))) == 0, dlog_alpha(s, l) == 0
+    assert preserving != exploding
+
+
+@every
+def test_the_process_integrates_to_the_transition(name):
+    "α_{t|s} = exp ∫f and σ²_{t|s} = ∫ g² exp(2∫f), by Simpson's rule"
+    sched = SCHEDULES[name](logsnr_min=-6, logsnr_max=6)
+    t = torch.linspace(0.2, 0.8, 4001, dtype=f64)
+    f, g2 = sde(sched, t)
+    from scipy.integrate import cumulative_simpson
+    total = torch.as_tensor(cumulative_simpson(f.numpy(), x=t.numpy(), initial=0))
+    a_ts, var_ts = transition(sched.level(0.2), sched.level(0.8))
+    assert total[-1].exp().item() == pytest.approx(a_ts.item(), rel=1e-8)
+    assert simpson((g2 * (2 * (total[-1] - total)).exp()).numpy(), x=t.numpy()) == pytest.approx(var_ts.item(), rel=1e-8)
+
+
+@pytest.mark.parametrize('schedule', [UNCUT, LinearSchedule(logsnr_max=math.inf)], ids=lambda s: s.name)
+def test_the_process_at_uncut_ends_is_right_or_refused(schedule):
+    "no nan: DDPM's own first level has f = -β_min/2 and g² = β_min; the uncut cosine starts at 0 and ends at -∞ and ∞"
+    try: f, g2 = sde(schedule, torch.tensor([0., 1.], dtype=f64))
+    except (ValueError, ZeroDivisionError, FloatingPointError) as e: assert 'logsnr' in str(e) or 'alpha' in str(e) or 'sigma' in str(e)
+    else:
+        first = schedule.beta_min if schedule.name == 'linear' else 0.
+        assert (f[0], g2[0]) == (-first / 2, first) and not f.isnan().any() and not g2.isnan().any()
+
+
+@every
+@few
+@given(st.floats(-12, 12))
+def test_a_level_knows_its_scale_and_its_angle(name, logsnr):
+    for dtype, close in ((f32, 1e-5), (f64, 1e-12)):
+        l = torch.tensor([logsnr], dtype=dtype)
+        level = Level(l, *SCHEDULES[name]().scales(l))
+        assert level.scale.dtype == level.angle.dtype == dtype and 0 < level.angle < math.pi / 2
+        torch.testing.assert_close(torch.cat([level.scale * level.angle.cos(), level.scale * level.angle.sin()]), torch.cat([level.alpha, level.sigma]), rtol=100 * close, atol=0.)
+        torch.testing.assert_close(2 / math.pi * level.angle, network_time(l), rtol=close, atol=0)     # the cosine time of λ, whatever the schedule
+    noise, clean = UNCUT.level(1.), UNCUT.level(0.)
+    assert (noise.angle, clean.angle, noise.scale, clean.scale) == (math.pi / 2, 0, 1, 1)

@@ -1,9 +1,11 @@
 "The record of a study: small, whole or not there, and drawn from without the runs."
+import errno
 import json
 import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 
 from lfdm.data import DATASETS
 from lfdm.runs import grid, make_grid
-from lfdm.studies import Record, condense, load_record, measured, outside, packed, place, suffixed
+from lfdm.studies import Record, condense, kept, kept_all, load_record, measured, outside, packed, place, suffixed, write_whole
 
 SMALL = dict(dataset="cluster", epochs=2, width=8, batch_size=10_000, sample_steps=4, n_samples=50)
 MEASURED = dict(steps=[2], epochs=[1, 2], times=[0.5], points=20, arrows=2, logsnr=[3.])
@@ -106,6 +108,146 @@ def test_measurements_are_made_once_and_again_if_damaged(record, runs):
     assert all(np.array_equal(first[k], again[k]) for k in first)
     other = measured(runs / "study" / row["run"], MEASURED | {"steps": [2, 3]})
     assert other["quality"].shape == (3, 4) and len(list(path.parent.glob(f"{row['run']}-*.npz"))) == 2
+
+
+# ---- measurements that are kept
+
+ARRAYS = {"a": np.arange(6.).reshape(2, 3), "b": np.array(3, dtype=np.int16), "c": np.array(["x", "yy"]), "d": np.zeros((0, 2), np.float16)}
+
+
+def same(a, b): return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def counted(arrays=ARRAYS):
+    "make(), and the list that grows with each call"
+    calls = []
+    return lambda: calls.append(1) or arrays, calls
+
+
+def test_what_is_kept_is_made_once_and_comes_back_as_it_was(tmp_path):
+    make, calls = counted()
+    path = tmp_path / "deep" / "er" / "a.npz"
+    assert all(same(kept(p, make), ARRAYS) for p in (path, path, str(path))) and len(calls) == 1
+    assert [f.name for f in path.parent.iterdir()] == ["a.npz"] and path.read_bytes() == packed(ARRAYS)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b"nonsense", lambda b: b[:1], lambda b: b[:len(b) // 2], lambda b: b[:-1], lambda b: b[:60] + bytes([b[60] ^ 1]) + b[61:],
+                                    lambda b: bytes(len(b)), lambda b: npy(np.arange(3)), lambda b: packed({"a": np.array([{}], dtype=object)})], ids=range(9))
+def test_a_damaged_file_is_made_again(tmp_path, damage):
+    "cut anywhere, one bit of the data turned, another kind of file, one that would have to be unpickled"
+    make, calls = counted({"a": np.arange(100.)})
+    path = tmp_path / "a.npz"
+    kept(path, make)
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    assert same(kept(path, make), make()) and path.read_bytes() == whole and same(kept(path, make), make()) and len(calls) == 4
+    assert [f.name for f in tmp_path.iterdir()] == ["a.npz"]
+
+
+def npy(a):
+    import io
+    with io.BytesIO() as f: np.save(f, a); return f.getvalue()
+
+
+def full(path, content):
+    with open(path, "wb") as f: f.write(content[:len(content) // 2])
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def refused(*a, **kw): raise OSError(errno.EROFS, "Read-only file system")
+
+
+@pytest.mark.parametrize("where, fails, says", [((Path, "write_bytes"), full, "No space left"), ((Path, "write_bytes"), refused, "Read-only"), ((os, "replace"), refused, "Read-only"),
+                                                ((Path, "mkdir"), refused, "Read-only")], ids=["full", "read-only", "rename", "folder"])
+def test_a_disk_that_takes_nothing_is_told_and_keeps_what_it_had(tmp_path, monkeypatch, where, fails, says):
+    make, calls = counted()
+    for before in (None, b"damaged"):
+        path = tmp_path / "a.npz"
+        if before: path.write_bytes(before)
+        with monkeypatch.context() as m:
+            m.setattr(*where, fails)
+            with pytest.raises(OSError, match=says): kept(path, make)
+        assert [f.read_bytes() for f in tmp_path.iterdir()] == ([before] if before else []), "half a file, or a draft, was left"
+    assert same(kept(path, make), ARRAYS) and len(calls) == 3
+
+
+def test_a_file_that_is_whole_stays_when_another_cannot_replace_it(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    write_whole(path, b"old")
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError): write_whole(path, b"newer")
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_fails_while_it_is_made_leaves_nothing(tmp_path):
+    def fail(): raise RuntimeError("measured in vain")
+    with pytest.raises(RuntimeError, match="in vain"): kept(tmp_path / "a.npz", fail)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def place_for_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("LFDM_RUNS", str(tmp_path))
+    return tmp_path
+
+
+def test_an_interrupted_set_goes_on_where_it_stopped(place_for_all):
+    made, stop = [], [2]
+    def make(i, name="a"):
+        if len(made) == stop[0]: raise KeyboardInterrupt
+        made.append(i); return {"value": np.array([i])}
+    grid_of = [dict(i=i) for i in range(5)]
+    with pytest.raises(KeyboardInterrupt): kept_all("study", "smoke", grid_of, make)
+    assert made == [0, 1]
+    stop[0], reports = None, []
+    results = kept_all("study", "smoke", grid_of, make, progress=lambda *a: reports.append(a))
+    assert made == [0, 1, 2, 3, 4] and [r["value"].item() for r in results] == [0, 1, 2, 3, 4]
+    assert reports == [("measure", k, 5) for k in range(6)]
+    again = kept_all("study", "smoke", [dict(i=4), dict(i=0), dict(i=4)], make)
+    assert [r["value"].item() for r in again] == [4, 0, 4] and len(made) == 5
+    assert kept_all("study", "smoke", [], make) == []
+
+
+def test_settings_are_told_apart_and_studies_and_scales_too(place_for_all):
+    made = []
+    def make(**kw): made.append(kw); return {"value": np.array(len(made))}
+    settings_of = [dict(a=1, b=2), dict(a=2, b=1), dict(a=1), dict(a="1"), dict(a=1.5), dict(a=None), dict(a=True), dict(a=[1, 2]), dict(a=[2, 1]), dict(a={"c": 1})]
+    assert [r["value"].item() for r in kept_all("one", "smoke", settings_of, make)] == list(range(1, 11)) and made == settings_of
+    kept_all("one", "smoke", [dict(b=2, a=1)], make)
+    assert len(made) == 10, "the order of the names does not matter"
+    for study, scale in (("other", "smoke"), ("one", "quick")): kept_all(study, scale, [dict(a=1)], make)
+    assert len(made) == 12 and len({f.parent for f in place_for_all.rglob("*.npz")}) == 3
+
+
+def test_settings_that_have_no_name_are_refused_before_any_work(place_for_all):
+    made = []
+    with pytest.raises(TypeError): kept_all("study", "smoke", [dict(i=0), dict(i=np.int64(1))], lambda i: made.append(i) or {"i": np.array(i)})
+    assert not made, "the first was measured before the second was found to be no plain value"
+
+
+def test_two_workers_keep_the_order(place_for_all):
+    def make(i):
+        import time
+        import numpy as np
+        time.sleep(0.3 if i == 5 else 0)
+        return {"value": np.array([i])}
+    order, reports = [5, 3, 0, 4, 1, 2], []
+    results = kept_all("study", "smoke", [dict(i=i) for i in order], make, workers=2, progress=lambda *a: reports.append(a))
+    assert [r["value"].item() for r in results] == order and reports == [("measure", k, 6) for k in range(7)]
+    def never(i): raise AssertionError("made twice")
+    assert [r["value"].item() for r in kept_all("study", "smoke", [dict(i=i) for i in range(6)], never)] == list(range(6))
+
+
+def test_an_error_in_one_measurement_is_told_and_the_finished_ones_stay(place_for_all):
+    def make(i):
+        import numpy as np
+        if i == 2: raise RuntimeError("measured in vain")
+        return {"value": np.array([i])}
+    with pytest.raises(RuntimeError, match="in vain"): kept_all("study", "smoke", [dict(i=i) for i in range(3)], make, workers=2)
+    files = {f.name: f.stat().st_mtime_ns for f in place_for_all.rglob("*.npz")}
+    assert 0 < len(files) < 3 and not list(place_for_all.rglob(".*.npz*"))
+    kept_all("study", "smoke", [dict(i=i) for i in range(2)], make)
+    assert all(f.stat().st_mtime_ns == files[f.name] for f in place_for_all.rglob("*.npz") if f.name in files)
 
 
 def test_scales_have_their_own_places(runs):
