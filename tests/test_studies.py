@@ -25,17 +25,21 @@ def execute(study, runs, out, scale="smoke"):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    "What came of every study, two at a time; those that train the thesis's networks one after the other, and then those drawn from their record."
-    runs, out = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("out")
+    "What came of every study, two at a time: in one line those that train the thesis's networks, and at last those drawn from their record."
+    runs, empty, out = (tmp_path_factory.mktemp(what) for what in ("runs", "empty", "out"))
     one = lambda study: (study, execute(study, runs, out / study.name))
     chain = [study for study in STUDIES if study.stem in ("thesis_runs", "samplers", "likelihood", "defaults")]
+    others = sorted((study for study in STUDIES if study not in chain and study.name not in DRAWN), key=lambda study: study.stem != "nelbo_puzzle")   # the longest first
     before = state()
     with ThreadPoolExecutor(2) as pool:
         chained = pool.submit(lambda: [one(study) for study in chain])
-        done = dict(pool.map(one, [study for study in STUDIES if study not in chain and study.name not in DRAWN]))
-        done |= dict(chained.result())
+        apart = [pool.submit(one, study) for study in others]
+        wrong = pool.submit(execute, STUDIES[0], empty, out / "wrong.ipynb", "smok")
+        missing = pool.submit(execute, ROOT / "nbs/experiments" / DRAWN[0], empty, out / "missing.ipynb")
+        done = dict(chained.result() + [future.result() for future in apart])
         done |= dict(pool.map(one, [study for study in STUDIES if study.name in DRAWN]))
-    return done | {"changed": [str(path) for path, t in state().items() if before.get(path) != t]}
+    changed = [str(path) for path, t in state().items() if before.get(path) != t]
+    return done | {"changed": changed, "wrong": wrong.result(), "missing": missing.result()}
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=name)
@@ -47,13 +51,13 @@ def test_the_smoke_scale_leaves_the_repository_as_it_was(outcomes):
     assert not outcomes["changed"]
 
 
-def test_a_wrong_scale_is_named(tmp_path):
-    done = execute(STUDIES[0], tmp_path, tmp_path / "out.ipynb", "smok")
+def test_a_wrong_scale_is_named(outcomes):
+    done = outcomes["wrong"]
     assert done.returncode != 0 and "Did you mean 'smoke'?" in done.stderr
 
 
-def test_a_missing_record_is_named_with_what_makes_it(tmp_path):
-    done = execute(ROOT / "nbs/experiments" / DRAWN[0], tmp_path, tmp_path / "out.ipynb")
+def test_a_missing_record_is_named_with_what_makes_it(outcomes):
+    done = outcomes["missing"]
     assert done.returncode != 0 and "no record of study 'thesis'" in done.stderr and "Make it: make figures scale=smoke" in done.stderr
 
 

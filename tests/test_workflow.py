@@ -12,6 +12,7 @@ import yaml
 from filelock import FileLock
 
 from lfdm.runs import FILES, folder_of, grid, load_run, make_run
+from lfdm.studies import NETWORKS
 from tree import ROOT, cells
 
 pytest.importorskip('snakemake')
@@ -136,7 +137,7 @@ def test_the_thesis_grid_is_that_of_its_study():
     axes = yaml.safe_load((ROOT / 'workflow/thesis.yaml').read_text())
     assert axes.pop('study') == 'thesis'
     source, = [s for s, _ in cells(ROOT / 'nbs/experiments/thesis_runs.ipynb', 'code') if 'parameters = grid(' in s]
-    space = {'scale': 'full', 'grid': grid, 'lookup': lambda registry, name, kind: registry[name], 'Markdown': str}
+    space = {'scale': 'full', 'NETWORKS': NETWORKS, 'grid': grid, 'lookup': lambda registry, name, kind: registry[name], 'Markdown': str}
     exec(source, space)
     assert set(space['parameters']) == set(grid(**axes)) and len(grid(**axes)) == 96
 
