@@ -2,7 +2,10 @@
 import os
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -13,8 +16,9 @@ STUDIES = sorted((path for path in notebooks() if path.parent.name == "experimen
 
 
 def state():
-    "The files that a study of the full scale writes, with their times."
-    return {path: path.stat().st_mtime_ns for folder in ("figures", "records", "runs") for path in (ROOT / folder).rglob("*") if path.is_file()}
+    "The files that a study of the full scale writes, with their times. (runs/train belongs to the main job, which other tests run meanwhile.)"
+    files = (path for folder in ("figures", "records", "runs") for path in (ROOT / folder).rglob("*"))
+    return {path: path.stat().st_mtime_ns for path in files if path.is_file() and ROOT / "runs/train" not in path.parents}
 
 
 def execute(study, runs, out, scale="smoke"):
@@ -23,23 +27,25 @@ def execute(study, runs, out, scale="smoke"):
     return subprocess.run(command, cwd=ROOT, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True)
 
 
+@cache
+def begun():
+    "All studies, one after the other beside the other tests: conftest.py begins them, as most tests leave a core idle."
+    pool, folder = ThreadPoolExecutor(1), tempfile.TemporaryDirectory()
+    runs, empty, out = (Path(folder.name) / what for what in ("runs", "empty", "out"))
+    for path in (runs, empty, out): path.mkdir()
+    tasks = {study: pool.submit(execute, study, runs, out / study.name) for study in STUDIES}
+    tasks["wrong"] = pool.submit(execute, STUDIES[0], empty, out / "wrong.ipynb", "smok")
+    tasks["missing"] = pool.submit(execute, ROOT / "nbs/experiments" / DRAWN[0], empty, out / "missing.ipynb")
+    return folder, tasks, state()
+
+
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
-    "What came of every study, two at a time: in one line those that train the thesis's networks, and at last those drawn from their record."
-    runs, empty, out = (tmp_path_factory.mktemp(what) for what in ("runs", "empty", "out"))
-    one = lambda study: (study, execute(study, runs, out / study.name))
-    chain = [study for study in STUDIES if study.stem in ("thesis_runs", "samplers", "likelihood", "defaults")]
-    others = sorted((study for study in STUDIES if study not in chain and study.name not in DRAWN), key=lambda study: study.stem != "nelbo_puzzle")   # the longest first
-    before = state()
-    with ThreadPoolExecutor(2) as pool:
-        chained = pool.submit(lambda: [one(study) for study in chain])
-        apart = [pool.submit(one, study) for study in others]
-        wrong = pool.submit(execute, STUDIES[0], empty, out / "wrong.ipynb", "smok")
-        missing = pool.submit(execute, ROOT / "nbs/experiments" / DRAWN[0], empty, out / "missing.ipynb")
-        done = dict(chained.result() + [future.result() for future in apart])
-        done |= dict(pool.map(one, [study for study in STUDIES if study.name in DRAWN]))
-    changed = [str(path) for path, t in state().items() if before.get(path) != t]
-    return done | {"changed": changed, "wrong": wrong.result(), "missing": missing.result()}
+def outcomes():
+    "What came of every study."
+    folder, tasks, before = begun()
+    done = {what: task.result() for what, task in tasks.items()}
+    folder.cleanup()
+    return done | {"changed": [str(path) for path, t in state().items() if before.get(path) != t]}
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=name)
