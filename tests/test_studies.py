@@ -30,13 +30,13 @@ def execute(study, runs, out, scale="smoke"):
 @cache
 def begun():
     "All studies, one after the other beside the other tests: conftest.py begins them, as most tests leave a core idle."
-    pool, folder = ThreadPoolExecutor(1), tempfile.TemporaryDirectory()
+    before, pool, folder = state(), ThreadPoolExecutor(1), tempfile.TemporaryDirectory()
     runs, empty, out = (Path(folder.name) / what for what in ("runs", "empty", "out"))
     for path in (runs, empty, out): path.mkdir()
     tasks = {study: pool.submit(execute, study, runs, out / study.name) for study in STUDIES}
     tasks["wrong"] = pool.submit(execute, STUDIES[0], empty, out / "wrong.ipynb", "smok")
     tasks["missing"] = pool.submit(execute, ROOT / "nbs/experiments" / DRAWN[0], empty, out / "missing.ipynb")
-    return folder, tasks, state()
+    return folder, tasks, before
 
 
 @pytest.fixture(scope="module")
