@@ -31,6 +31,9 @@ def floor(loss: DiffusionLoss,  # the loss; its floor is over its schedule's ran
          ) -> float:            # mean over dimensions, without the ½; raises NoDensity if the set has no density
     "The value of the loss at the Bayes-optimal denoiser, by quadrature in float64."
     from scipy.integrate import simpson
+    if loss.schedule.steps:   # a sum over T levels, not an integral
+        logsnr = loss.schedule.logsnr(torch.arange(1, loss.schedule.steps + 1, dtype=torch.float64) / loss.schedule.steps)
+        return (loss.weighting.eps_factor(logsnr, loss.schedule, loss.target) * dataset.eps_floor(logsnr)).mean().item()
     low, high = (max(-700., min(700., l)) for l in (loss.schedule.logsnr_min, loss.schedule.logsnr_max))
     cuts = sorted({low, high, *(c for c in (-80., 80.) if low < c < high)})   # fine where the data are, coarse beyond
     total = 0.

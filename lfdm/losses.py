@@ -11,7 +11,7 @@ import torch
 from .core import as_number, expand, instance
 from .schedules import SCHEDULES, Level, Schedule, network_time, sample_times
 from .targets import TARGETS, Target
-from .weightings import WEIGHTINGS, Weighting
+from .weightings import WEIGHTINGS, LogSNRWeighting, Weighting
 
 # %% ../nbs/40_losses.ipynb #b26fe2d8
 def _described(a): return f"{a.dtype} of shape {tuple(a.shape)} on {a.device}" if torch.is_tensor(a) else f"{type(a).__name__} {a!r:.60}"
@@ -57,6 +57,20 @@ def _times(t, x, loss):
     if loss.factor(t).isfinite().all(): return t
     raise ValueError(f"{loss} has no finite factor where alpha or sigma is 0. Choose a finite logsnr range.")
 
+# %% ../nbs/40_losses.ipynb #b08e6f27
+def _usable(loss):
+    "Refuse a loss whose weight is infinite, nan or nothing but zeros over the range, or moves with its schedule."
+    s = loss.schedule
+    if s.learned and not isinstance(loss.weighting, LogSNRWeighting):
+        raise ValueError(f"the {s.name} schedule needs a weight w(λ), but {loss.weighting!r} is a factor on the error: its weight is g(λ)p(λ), which would follow the schedule that follows it. "
+                         f"Bind it to a schedule: 'implied(cosine, {loss.target.name}, {loss.weighting.name})'.")
+    if not s.logsnr_max - s.logsnr_min < float('inf'): return
+    logsnr = torch.linspace(s.logsnr_min, s.logsnr_max, 201)
+    factor = loss.weighting.factor(logsnr, s, loss.target)
+    if not (ok := factor.isfinite()).all():
+        raise ValueError(f"the factor of {loss!r} is {factor[~ok][0]:g} in float32 at logsnr {logsnr[~ok][0]:.4g}. Narrow the range of logsnr, or choose a weighting that stays finite there.")
+    if (factor == 0).all(): raise ValueError(f"the factor of {loss!r} is 0 in float32 over the whole range of logsnr: there is nothing to learn. Choose other options.")
+
 # %% ../nbs/40_losses.ipynb #ae2b9168
 class DiffusionLoss:
     "A diffusion loss: schedule × target × weighting. `loss(net, x)` gives one value per example."
@@ -64,10 +78,11 @@ class DiffusionLoss:
                  schedule='cosine',    # how noise levels are visited: name, class or instance
                  target='eps',         # what the network predicts: name, class or instance
                  weighting='weighted', # how much each level counts: name, class or instance
-                ):                     # raises ValueError on an unknown name, TypeError on anything else
+                ):                     # raises ValueError on an unknown name or a weight of no use, TypeError on anything else
         self.schedule = instance(SCHEDULES, schedule, 'schedule', Schedule)
         self.target = instance(TARGETS, target, 'target', Target)
         self.weighting = instance(WEIGHTINGS, weighting, 'weighting', Weighting)
+        _usable(self)
 
     def factor(self,
                t,  # times in (0, 1)
@@ -87,7 +102,10 @@ class DiffusionLoss:
               eps: torch.Tensor, # noise, x's shape
              ) -> tuple:         # (z, y, level): noisy data, the target's true value, the noise level
         "What the network is shown and what it should answer: z = αx + σε and y."
-        level = self.schedule.level(t)
+        return self.noisy_at(x, self.schedule.level(t), eps)
+
+    def noisy_at(self, x, level, eps):
+        "The same at a noise level."
         alpha, sigma = expand(level.alpha, x), expand(level.sigma, x)
         return alpha * x + sigma * eps, self.target.encode(x, eps, alpha, sigma), level
 
@@ -98,6 +116,10 @@ class DiffusionLoss:
              ) -> torch.Tensor:    # (n,): factor · mean over dimensions of (y - ŷ)²
         "The weighted squared error of a prediction."
         return self.weighting.factor(level.logsnr, self.schedule, self.target) * (y - y_hat.to(y.dtype)).square().flatten(1).mean(1)
+
+    def observe(self, level, value):
+        "Let an adaptive schedule learn from the loss of a batch, value = w L′/p of each example. Other schedules do not listen."
+        if self.schedule.learned: self.schedule.observe(level.logsnr, value.detach() * self.schedule.density(level.logsnr))
 
     def drawn(self, x, t=None, eps=None, generator=None):
         "(t, eps) of one batch: checked if given, else drawn. Raises TypeError or ValueError."
@@ -114,6 +136,8 @@ class DiffusionLoss:
                 ) -> torch.Tensor:        # (n,), one value per example
         "The loss of each example; thesis (3.21)-(3.64) with its mean over dimensions and without its ½."
         z, y, level = self.noisy(x, *self.drawn(x, t, eps, generator))
-        return self.error(y, predict(net, z, level), level)
+        value = self.error(y, predict(net, z, level), level)
+        if torch.is_grad_enabled(): self.observe(level, value)
+        return value
 
     def __repr__(self): return f"DiffusionLoss({self.schedule}, {self.target}, {self.weighting})"

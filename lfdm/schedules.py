@@ -96,7 +96,9 @@ class Schedule:
         return torch.where((logsnr < self.logsnr_min) | (logsnr > self.logsnr_max), torch.zeros_like(p), p)
     def level(self, t):
         "The noise level at time t: λ, α and σ."
-        logsnr = self.logsnr(t)
+        return self.level_at(self.logsnr(t))
+    def level_at(self, logsnr):
+        "The noise level at λ."
         return Level(logsnr, *self.scales(logsnr))
     def alpha(self, t): "α(t)."; return self.level(t).alpha
     def sigma(self, t): "σ(t)."; return self.level(t).sigma

@@ -124,6 +124,7 @@ class ScoreMatchingLoss(DiffusionLoss):
                  levels: list = None,   # noise levels λ, all as likely, instead of the schedule's; within its range
                 ):                      # raises ValueError or TypeError
         super().__init__(schedule, 'score', weighting)
+        if self.schedule.learned: raise ValueError(f"score matching does not teach the {self.schedule.name} schedule: an objective need not be a loss per noise level. Choose a fixed one.")
         self.objective, self.levels = instance(OBJECTIVES, objective, 'objective', Objective), None
         if levels is None: return
         s = self.schedule

@@ -38,8 +38,9 @@ class ValidationSet:
         self.width = (s.logsnr_max - s.logsnr_min) / self.bins
         logsnr = s.logsnr_min + (s.logsnr_max - s.logsnr_min) * (torch.arange(n) + torch.rand(n, generator=g).double()) / n
         eps = torch.randn(x.shape, generator=g).to(x)
-        self.z, self.y, self.level = loss.noisy(x, s.t(logsnr).to(x), eps)
-        self.density = s.density(logsnr).to(x) * (s.logsnr_max - s.logsnr_min)   # p(λ) over the density of this set
+        level = Level(*(q.to(x) for q in s.level_at(logsnr)))
+        self.z, self.y, self.level = loss.noisy_at(x, level, eps)
+        self.spread = logsnr
         self.bin = ((logsnr - s.logsnr_min) / self.width).long().clamp(max=self.bins - 1).to(x.device)
         self.logsnr = s.logsnr_min + self.width * (torch.arange(self.bins).double() + 0.5)
         self.others = {w: DiffusionLoss(s, loss.target, w) for w in others}
@@ -50,7 +51,8 @@ class ValidationSet:
             self.best = loss.target.encode(x_best, (self.z - alpha * x_best) / sigma, alpha, sigma)
 
     def _statistics(self, name, values):
-        values = (values * self.density).double()
+        s = self.loss.schedule
+        values = (values * s.density(self.spread).to(values) * (s.logsnr_max - s.logsnr_min)).double()   # p(λ) over the density of this set
         per_bin = values.new_zeros(self.bins).index_add_(0, self.bin, values) / len(values)
         return {name: values.mean().item(), f'{name}_se': (values.std() / len(values)**0.5).item(),
                 f'{name}_per_logsnr': (per_bin / self.width).tolist()}
@@ -173,7 +175,9 @@ def stack_loss(net: StackedMLP,   # M networks
     parts = [losses[i[0]].noisy(*flat(i)) for i in groups]
     z, level = torch.cat([p[0] for p in parts]), Level(*(torch.cat(q) for q in zip(*(p[2] for p in parts))))
     y_hat = predict(lambda z, u: net(z.view(x.shape), u.view(m, n)).flatten(0, 1), z, level).split([n * len(i) for i in groups])
-    return torch.cat([losses[i[0]].error(y, guess, level).view(-1, n).mean(1) for i, guess, (_, y, level) in zip(groups, y_hat, parts)])
+    values = [losses[i[0]].error(y, guess, level) for i, guess, (_, y, level) in zip(groups, y_hat, parts)]
+    for i, value, (_, _, level) in zip(groups, values, parts): losses[i[0]].observe(level, value)
+    return torch.cat([value.view(-1, n).mean(1) for value in values])
 
 # %% ../nbs/70_training.ipynb #f1c12cd5
 def train_stack(state: TrainState,  # of a StackedMLP, with one seed per network; changed in place
