@@ -67,7 +67,7 @@ def words(choice,    # an instance from a registry, with its options as attribut
           skip=(),   # options to leave out
          ) -> str:   # 'sigmoid' or 'sigmoid(k=3)'
     "The name of a choice, with those of its options that are not at their default."
-    given = {k: getattr(choice, k) for k, p in inspect.signature(type(choice)).parameters.items() if k not in skip and getattr(choice, k) != p.default}
+    given = {k: getattr(choice, k) for k, p in inspect.signature(type(choice)).parameters.items() if k not in skip and getattr(choice, k, p.default) != p.default}
     text = ', '.join(f"{k}={v if isinstance(v, str) else f'{v:g}' if float(f'{v:g}') == v else repr(v)}" for k, v in given.items())
     return f'{choice.name}({text})' if given else choice.name
 

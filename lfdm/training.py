@@ -43,7 +43,7 @@ class ValidationSet:
         self.spread = logsnr
         self.bin = ((logsnr - s.logsnr_min) / self.width).long().clamp(max=self.bins - 1).to(x.device)
         self.logsnr = s.logsnr_min + self.width * (torch.arange(self.bins).double() + 0.5)
-        self.others = {w: DiffusionLoss(s, loss.target, w) for w in others}
+        self.others = {w: loss.beside(w) for w in others}
         self.best = None
         if denoise is not None:
             alpha, sigma = expand(self.level.alpha, x), expand(self.level.sigma, x)
@@ -170,7 +170,7 @@ def stack_loss(net: StackedMLP,   # M networks
     "The loss of each network of a stack on its own batch."
     m, n = x.shape[:2]
     drawn = [draw(batch, g) for batch, g in zip(x, generators)]
-    groups = [list(g) for _, g in groupby(range(m), key=lambda i: repr(losses[i]))]   # neighbours with the same loss
+    groups = [list(g) for _, g in groupby(range(m), key=lambda i: i if losses[i].schedule.learned else repr(losses[i]))]   # neighbours with the same loss; what one learns is its own
     flat = lambda i: (x[i[0]:i[-1] + 1].flatten(0, 1), *(torch.cat(q) for q in zip(*drawn[i[0]:i[-1] + 1])))
     parts = [losses[i[0]].noisy(*flat(i)) for i in groups]
     z, level = torch.cat([p[0] for p in parts]), Level(*(torch.cat(q) for q in zip(*(p[2] for p in parts))))
