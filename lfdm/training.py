@@ -153,7 +153,7 @@ class TrainState:
     def _learned(self): return {f'schedule.{m}.{k}': v.clone() for m, s in self.learning.items() for k, v in s.state().items()}
 
     def _teach(self, learned):
-        for m, s in self.learning.items(): s.load_state({k.removeprefix(p): v.clone() for p in [f'schedule.{m}.'] for k, v in learned.items() if k.startswith(p)})
+        for m, s in self.learning.items(): s.load_state({k.removeprefix(p): v for p in [f'schedule.{m}.'] for k, v in learned.items() if k.startswith(p)})
 
     def _relearn(self, learned):
         "Give the schedules what a checkpoint says that they have learned; all or none."

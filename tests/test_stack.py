@@ -182,6 +182,28 @@ def test_a_stack_with_all_options_resumes_bit_identically(tmp_path):
     for m in (0, 2): assert other.learning[m]._seen == whole.learning[m]._seen == 4 * 300 + 100
 
 
+def test_validation_of_a_stack_sees_the_averages():
+    losses = [DiffusionLoss("cosine", y) for y in ("x", "v")]
+    validations = [ValidationSet(loss, RING.sample(100)) for loss in losses]
+    state = stack_of(losses, 2, validations=validations, lr=.05, ema=.9)
+    for m, (v, report) in enumerate(zip(validations, state.history[-1])):
+        assert report["loss"] == v(state.average.alone(m))["loss"] != v(state.net.alone(m))["loss"]
+
+
+def test_when_one_schedule_refuses_what_it_learned_none_takes_it(tmp_path):
+    class Fussy(Learning):
+        def load_state(self, tensors):
+            super().load_state(tensors)
+            if self._seen > 100: raise ValueError("too much seen")
+    def fresh(): return TrainState(StackedMLP([net(0), net(1)]), seed=[0, 1], schedules=[Learning(), Fussy()])
+    state = fresh()
+    for s in state.learning.values(): s._seen += 200
+    state.save(tmp_path / "checkpoint")
+    other = fresh()
+    with pytest.raises(ValueError, match="too much seen"): other.load(tmp_path / "checkpoint")
+    assert [s._seen.item() for s in other.learning.values()] == [0, 0]
+
+
 def test_schedules_that_learn_are_never_shared_between_networks():
     losses = [DiffusionLoss(Learning()) for _ in range(3)]
     stack_of(losses, schedules=[loss.schedule for loss in losses])
