@@ -7,7 +7,7 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfdm.data import DATASETS
+from lfdm.data import DATASETS, GaussianMixture
 from lfdm.losses import DiffusionLoss
 from lfdm.networks import MLP, StackedMLP
 from lfdm.runs import Parameters, folder_of, grid, make_grid, make_run
@@ -291,6 +291,25 @@ def test_a_diverging_run_of_a_grid_is_named_and_the_others_are_whole(tmp_path, m
     runs, diverged = make_grid(grid(dataset=["ring", "huge", "swiss"], **SMALL), root=tmp_path)
     assert [p.dataset for p in runs] == ["ring", "swiss"]
     assert [(p.dataset, epoch) for p, epoch in diverged.items()] == [("huge", 1)]
+
+
+class Tiny(GaussianMixture):
+    n_train = n_test = 300
+    def __init__(self): super().__init__([[0., 0.], [2., 1.]], [.5, .8])
+
+
+def test_a_grid_over_the_options_stacks_what_is_alike(tmp_path, monkeypatch):
+    "and each network's result is that of the run alone: the average of its weights"
+    monkeypatch.setitem(DATASETS, "tiny", Tiny)
+    tiny = SMALL | dict(dataset="tiny", target=["x", "v"], batch_size=100)
+    asked = grid(ema=[None, .8], **tiny) + grid(**tiny, clip=.3, warmup=4)
+    runs, diverged = make_grid(asked, root=tmp_path / "grid")
+    assert not diverged and [r.environment["stacked"] for r in runs.values()] == [2] * 6
+    for p in asked:
+        alone = make_run(p, root=tmp_path / "alone")
+        for a, b in zip(alone.net.parameters(), runs[p].net.parameters(), strict=True): assert (a - b).abs().max() < 1e-3
+        assert runs[p].metrics[-1]["loss"] == pytest.approx(alone.metrics[-1]["loss"], rel=1e-3)
+    assert len({runs[p].metrics[-1]["loss"] for p in asked}) == 6
 
 
 def test_equal_parameters_are_made_once(tmp_path):
