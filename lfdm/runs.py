@@ -40,7 +40,7 @@ from .targets import TARGETS
 from .training import TrainState, ValidationSet, train, train_stack, training_options
 from .weightings import WEIGHTINGS
 
-# %% ../nbs/95_runs.ipynb #da3c24ef
+# %% ../nbs/95_runs.ipynb #081b0867
 RESULTS_VERSION = 2  # raised by hand when a change of code changes results: old runs are then not taken for new ones
 
 def check_device(name: str,       # 'cpu', 'cuda', 'cuda:1', 'mps', ...
@@ -51,6 +51,7 @@ def check_device(name: str,       # 'cpu', 'cuda', 'cuda:1', 'mps', ...
         raise ValueError(unknown('device', name, available))
     return torch.device(name)
 
+# %% ../nbs/95_runs.ipynb #da3c24ef
 @dataclass(frozen=True)
 class Parameters:
     "The parameters of one training run, checked and complete."
@@ -72,7 +73,6 @@ class Parameters:
     ema: float = None            # decay of the average of the weights, which is then what is judged and sampled; None: no average
     clip: float = None           # largest norm of the gradient; None: as it is
     warmup: int = 0              # steps over which the learning rate rises
-
     ADDED = ('ema', 'clip', 'warmup')   # since the first records; no annotation: no field
 
     def __post_init__(self):
@@ -93,10 +93,8 @@ class Parameters:
         check_device(self.device)
 
     @classmethod
-    def completed(cls,
-                  record: dict,  # parameters by name, from any time
-                 ) -> dict:      # with the defaults of those added since
-        "A record of parameters as it would be made today."
+    def completed(cls, record: dict) -> dict:
+        "A record of parameters, from any time, with the defaults of those added since."
         return {k: getattr(cls, k) for k in cls.ADDED} | record
 
     def options(self) -> dict:

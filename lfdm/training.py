@@ -108,8 +108,76 @@ def warmed_up(n: int,      # steps made before this one
     "The factor on the learning rate at a step."
     return min(1., (n + 1) / warmup) if warmup else 1.
 
+# %% ../nbs/70_training.ipynb #d2084563
+def _learned(learning):
+    "What schedules have learned, as a checkpoint's tensors; their numbers are those of the networks."
+    return {f'schedule.{m}.{k}': v.clone() for m, s in learning.items() for k, v in s.state().items()}
+
+def _teach(learning, learned):
+    for m, s in learning.items(): s.load_state({k.removeprefix(p): v for p in [f'schedule.{m}.'] for k, v in learned.items() if k.startswith(p)})
+
+def _relearn(learning, learned):
+    "Give schedules what a checkpoint says that they have learned; all or none."
+    mine, like = _learned(learning), lambda d: {k: (v.shape, v.dtype) for k, v in d.items()}
+    if like(learned) != like(mine): raise ValueError('it does not hold what these schedules have learned')
+    try: _teach(learning, learned)
+    except Exception: _teach(learning, mine); raise
+
+# %% ../nbs/70_training.ipynb #368eee70
+class _Checkpoints:
+    "How a training state is written and read."
+    def save(self,
+             path,  # the checkpoint's file
+            ):
+        "Write the checkpoint: whole, or not at all. Raises OSError, and then the former file stays."
+        tensors = {f'net.{k}': v for k, v in self.net.state_dict().items()} | {'generators': torch.stack([g.get_state() for g in self.generators])}
+        tensors |= _learned(self.learning) | ({f'ema.{k}': v for k, v in self.average.state_dict().items()} if self.average is not None else {})
+        for i, moments in self.optimizer.state_dict()['state'].items():
+            tensors |= {f'optimizer.{i}.{k}': v for k, v in moments.items()}
+        path = Path(path); draft = path.with_name(f'{path.name}.draft')
+        try:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, draft,
+                      {'epoch': str(self.epoch), 'history': json.dumps(self.history), 'options': json.dumps(self.options)})
+            os.replace(draft, path)
+        except SafetensorError as e: raise OSError(f"cannot write checkpoint {path}: {e}. The former one, if any, is untouched.") from e
+        finally: draft.unlink(missing_ok=True)
+
+    def load(self,
+             path,  # the checkpoint's file
+            ):
+        "Go back to a checkpoint. Raises ValueError if it is damaged, or of another network or other options; the state is then unchanged."
+        try:
+            with safe_open(path, 'pt') as f: tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
+            epoch, history = int(meta['epoch']), json.loads(meta['history'])
+            if not isinstance(history, list): raise ValueError('its history is no list')
+            options = training_options(**json.loads(meta.get('options', '{}')))   # one from before there were options has none
+            if other := [f'{k} {options[k]}, not {v}' for k, v in self.options.items() if options[k] != v]: raise ValueError(f"it was made with {'; '.join(other)}")
+            part = lambda name: {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
+            shapes_of = lambda d: {k: v.shape for k, v in d.items()}
+            weights, average = part('net.'), part('ema.')
+            if shapes_of(weights) != shapes_of(self.net.state_dict()): raise ValueError('it belongs to a network of another shape')
+            if shapes_of(average) != (shapes_of(weights) if self.average is not None else {}): raise ValueError('it does not hold the average of the weights')
+            moments = {}
+            for k, v in tensors.items():
+                if k.startswith('optimizer.'): _, i, name = k.split('.'); moments.setdefault(int(i), {})[name] = v
+            shapes = {i: {'step': (), 'exp_avg': p.shape, 'exp_avg_sq': p.shape} for i, p in enumerate(self.net.parameters()) if epoch and p.requires_grad}
+            if {i: {k: v.shape for k, v in m.items()} for i, m in moments.items()} != shapes: raise ValueError("it does not hold this network's Adam moments")
+            random = tensors['generators']
+            if random.shape != (len(self.generators), *self.generators[0].get_state().shape): raise ValueError("its random state is another device's")
+            random_states = [r.clone() for r in random]   # set_state reads a tensor from its storage's start
+            for g, r in zip(self.generators, random_states): torch.Generator(g.device).set_state(r)   # raises if it is no state
+            steps = int(moments[min(moments)]['step']) if moments else 0
+            _relearn(self.learning, {k: v for k, v in tensors.items() if k.startswith('schedule.')})   # the last that can fail
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OverflowError, OSError) as e:
+            raise ValueError(f"checkpoint {path} cannot be used: {e}. Move it away to start afresh.") from e
+        self.net.load_state_dict(weights)
+        if self.average is not None: self.average.load_state_dict(average)
+        self.optimizer.load_state_dict({'state': moments, 'param_groups': self.optimizer.state_dict()['param_groups']})
+        for g, r in zip(self.generators, random_states): g.set_state(r)
+        self.epoch, self.steps, self.history = epoch, steps, history
+
 # %% ../nbs/70_training.ipynb #77ae5f5f
-class TrainState:
+class TrainState(_Checkpoints):
     "A training run at the end of an epoch: everything needed to go on from there."
     def __init__(self,
                  net: nn.Module,     # the network or the stack, trained in place
@@ -149,68 +217,6 @@ class TrainState:
             get_ema_multi_avg_fn(ema_decay(ema, self.steps))(*(list(n.parameters()) for n in (self.average, self.net)), None)
             for kept, now in zip(self.average.buffers(), self.net.buffers()): kept.copy_(now)
         self.steps += 1
-
-    def _learned(self): return {f'schedule.{m}.{k}': v.clone() for m, s in self.learning.items() for k, v in s.state().items()}
-
-    def _teach(self, learned):
-        for m, s in self.learning.items(): s.load_state({k.removeprefix(p): v for p in [f'schedule.{m}.'] for k, v in learned.items() if k.startswith(p)})
-
-    def _relearn(self, learned):
-        "Give the schedules what a checkpoint says that they have learned; all or none."
-        mine, like = self._learned(), lambda d: {k: (v.shape, v.dtype) for k, v in d.items()}
-        if like(learned) != like(mine): raise ValueError('it does not hold what these schedules have learned')
-        try: self._teach(learned)
-        except Exception: self._teach(mine); raise
-
-    def save(self,
-             path,  # the checkpoint's file
-            ):
-        "Write the checkpoint: whole, or not at all. Raises OSError, and then the former file stays."
-        tensors = {f'net.{k}': v for k, v in self.net.state_dict().items()} | {'generators': torch.stack([g.get_state() for g in self.generators])}
-        tensors |= self._learned() | ({f'ema.{k}': v for k, v in self.average.state_dict().items()} if self.average is not None else {})
-        for i, moments in self.optimizer.state_dict()['state'].items():
-            tensors |= {f'optimizer.{i}.{k}': v for k, v in moments.items()}
-        path = Path(path); draft = path.with_name(f'{path.name}.draft')
-        try:
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, draft,
-                      {'epoch': str(self.epoch), 'history': json.dumps(self.history), 'options': json.dumps(self.options)})
-            os.replace(draft, path)
-        except SafetensorError as e: raise OSError(f"cannot write checkpoint {path}: {e}. The former one, if any, is untouched.") from e
-        finally: draft.unlink(missing_ok=True)
-
-    def load(self,
-             path,  # the checkpoint's file
-            ):
-        "Go back to a checkpoint. Raises ValueError if it is damaged, or of another network or other options; the state is then unchanged."
-        try:
-            with safe_open(path, 'pt') as f: tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
-            epoch, history = int(meta['epoch']), json.loads(meta['history'])
-            if not isinstance(history, list): raise ValueError('its history is no list')
-            options = training_options(**json.loads(meta.get('options', '{}')))   # one from before there were options has none
-            if other := [f'{k} {options[k]}, not {v}' for k, v in self.options.items() if options[k] != v]: raise ValueError(f"it was made with {'; '.join(other)}")
-            part = lambda name: {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
-            shapes_of = lambda d: {k: v.shape for k, v in d.items()}
-            weights, average = part('net.'), part('ema.')
-            if shapes_of(weights) != shapes_of(self.net.state_dict()): raise ValueError('it belongs to a network of another shape')
-            if shapes_of(average) != (shapes_of(weights) if self.average is not None else {}): raise ValueError('it does not hold the average of the weights')
-            moments = {}
-            for k, v in tensors.items():
-                if k.startswith('optimizer.'): _, i, name = k.split('.'); moments.setdefault(int(i), {})[name] = v
-            shapes = {i: {'step': (), 'exp_avg': p.shape, 'exp_avg_sq': p.shape} for i, p in enumerate(self.net.parameters()) if epoch and p.requires_grad}
-            if {i: {k: v.shape for k, v in m.items()} for i, m in moments.items()} != shapes: raise ValueError("it does not hold this network's Adam moments")
-            random = tensors['generators']
-            if random.shape != (len(self.generators), *self.generators[0].get_state().shape): raise ValueError("its random state is another device's")
-            random_states = [r.clone() for r in random]   # set_state reads a tensor from its storage's start
-            for g, r in zip(self.generators, random_states): torch.Generator(g.device).set_state(r)   # raises if it is no state
-            steps = int(moments[min(moments)]['step']) if moments else 0
-            self._relearn({k: v for k, v in tensors.items() if k.startswith('schedule.')})   # the last that can fail
-        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OverflowError, OSError) as e:
-            raise ValueError(f"checkpoint {path} cannot be used: {e}. Move it away to start afresh.") from e
-        self.net.load_state_dict(weights)
-        if self.average is not None: self.average.load_state_dict(average)
-        self.optimizer.load_state_dict({'state': moments, 'param_groups': self.optimizer.state_dict()['param_groups']})
-        for g, r in zip(self.generators, random_states): g.set_state(r)
-        self.epoch, self.steps, self.history = epoch, steps, history
 
 # %% ../nbs/70_training.ipynb #a16b66e6
 def train(state: TrainState,     # the state to go on from; changed in place
