@@ -39,10 +39,10 @@ from .networks import MLP, StackedMLP
 from .sampling import SAMPLERS, network_denoiser, sample, sample_stack
 from .schedules import SCHEDULES, Schedule
 from .targets import TARGETS, Target
-from .training import TrainState, ValidationSet, train, train_stack
+from .training import TrainState, ValidationSet, train, train_stack, training_options
 from .weightings import WEIGHTINGS, Weighting
 
-# %% ../nbs/95_runs.ipynb #da3c24ef
+# %% ../nbs/95_runs.ipynb #081b0867
 RESULTS_VERSION = 2  # raised by hand when a change of code changes results: old runs are then not taken for new ones
 
 def check_device(name: str,       # 'cpu', 'cuda', 'cuda:1', 'mps', ...
@@ -53,6 +53,7 @@ def check_device(name: str,       # 'cpu', 'cuda', 'cuda:1', 'mps', ...
         raise ValueError(unknown('device', name, available))
     return torch.device(name)
 
+# %% ../nbs/95_runs.ipynb #da3c24ef
 ENDS = ('logsnr_min', 'logsnr_max')
 
 @dataclass(frozen=True)
@@ -73,6 +74,10 @@ class Parameters:
     sample_steps: int = 512      # steps of the sampler
     n_samples: int = 10_000      # samples drawn and judged
     device: str = 'cpu'          # 'cpu', 'cuda', 'mps'; exact resume is promised on the CPU
+    ema: float = None            # decay of the average of the weights, which is then what is judged and sampled; None: no average
+    clip: float = None           # largest norm of the gradient; None: as it is
+    warmup: int = 0              # steps over which the learning rate rises
+    ADDED = ('ema', 'clip', 'warmup')   # since the first records; no annotation: no field
 
     def __post_init__(self):
         set_ = lambda k, v: object.__setattr__(self, k, v)
@@ -91,11 +96,22 @@ class Parameters:
         self.loss()                                         # refuses what cannot be trained
         n = DATASETS[self.dataset].n_train
         if self.batch_size > n: raise ValueError(f"batch_size {self.batch_size} is larger than the data: {n} training examples of {self.dataset!r}.")
+        for k, v in training_options(self.ema, self.clip, self.warmup).items(): set_(k, v)
         check_device(self.device)
+
+    @classmethod
+    def completed(cls, record: dict) -> dict:
+        "A record of parameters, from any time, with the defaults of those added since."
+        return {k: getattr(cls, k) for k in cls.ADDED} | record
+
+    def options(self) -> dict:
+        "The options of a training step, for `TrainState`."
+        return training_options(self.ema, self.clip, self.warmup)
 
     def slug(self) -> str:
         "A readable name that ends in a hash of the parameters and the results version."
-        record = json.dumps({'results': RESULTS_VERSION} | dataclasses.asdict(self), sort_keys=True)
+        counting = {k: v for k, v in dataclasses.asdict(self).items() if k not in self.ADDED or v != getattr(type(self), k)}
+        record = json.dumps({'results': RESULTS_VERSION} | counting, sort_keys=True)
         named = re.sub(r'[(=, ]+', '_', '-'.join((self.dataset, self.target, self.weighting, self.schedule, f's{self.seed}'))).replace(')', '')[:120]
         return f'{named}-{hashlib.sha256(record.encode()).hexdigest()[:8]}'
 
@@ -171,7 +187,7 @@ def _read_params(path):
     record, valid = json.loads(path.read_text()), [f.name for f in dataclasses.fields(Parameters)]
     if record['results_version'] != RESULTS_VERSION:
         raise ValueError(f"it was made by results version {record['results_version']}, this code has {RESULTS_VERSION}")
-    given = record['parameters']
+    given = Parameters.completed(record['parameters'])
     for k in given:
         if k not in valid: raise ValueError(unknown('parameter', k, valid))
     if missing := [k for k in valid if k not in given]: raise ValueError(f"parameters missing: {', '.join(missing)}")
@@ -300,16 +316,17 @@ def _validation(parameters):
 def _train_into(work, parameters, progress):
     "Train, sample, judge; leave the complete record in the work folder."
     began, checkpoint = time.perf_counter(), work / 'checkpoint.safetensors'
-    state = TrainState(_new_network(parameters), parameters.lr, parameters.seed)
+    loss = parameters.loss()
+    state = TrainState(_new_network(parameters), parameters.lr, parameters.seed, **parameters.options(), schedules=[loss.schedule])
     if checkpoint.exists(): state.load(checkpoint)
     x = dataset_of(parameters).train(parameters.seed).to(parameters.device)
     progress('train', state.epoch, parameters.epochs)
-    for state in train(state, parameters.loss(), x, parameters.epochs, parameters.batch_size, _validation(parameters)):
+    for state in train(state, loss, x, parameters.epochs, parameters.batch_size, _validation(parameters)):
         state.save(checkpoint)
         progress('train', state.epoch, parameters.epochs)
-    samples = sample(network_denoiser(state.net, parameters.target), parameters.n_samples, x.shape[1], parameters.sample_steps, parameters.loss().schedule,
+    samples = sample(network_denoiser(state.result, parameters.target), parameters.n_samples, x.shape[1], parameters.sample_steps, parameters.loss().schedule,
                      parameters.sampler, parameters.seed, device=parameters.device, progress=lambda *a: progress('sample', *a)).cpu()
-    _record(work, parameters, state.net, state.history, samples, {'seconds': lambda: round(time.perf_counter() - began, 1)})
+    _record(work, parameters, state.result, state.history, samples, {'seconds': lambda: round(time.perf_counter() - began, 1)})
 
 def _record(work, parameters, net, history, samples, environment):
     "Judge, and write the complete record of a trained network into its work folder."
@@ -370,7 +387,7 @@ def make_grid(parameters: list,       # of Parameters: what to run
     stack, workers = (number(k, v, low=1, integer=True) for k, v in (('stack', stack), ('workers', workers)))
     progress = progress or _quiet
     alike = lambda p: (p.width, p.epochs, p.batch_size, p.lr, p.device, p.schedule, p.logsnr_min, p.logsnr_max, p.sampler, p.sample_steps, p.n_samples,
-                       dataset_of(p).n_train, dataset_of(p).dim)   # what one stack shares
+                       repr(p.options()), dataset_of(p).n_train, dataset_of(p).dim)   # what one stack shares
     missing = [p for p in dict.fromkeys(parameters) if not folder_of(p, study, root).exists()]
     missing.sort(key=lambda p: (*alike(p), repr(p.loss())))      # neighbours share the loss
     stacks = [list(batch) for _, same in itertools.groupby(missing, alike) for batch in _batches(list(same), stack)]
@@ -399,15 +416,17 @@ def _make_stack(batch, study, root, progress):
         try:
             folders[0].parent.mkdir(parents=True, exist_ok=True)
             for f in folders: locks.enter_context(FileLock(f.with_name(f'.{f.name}.lock'), timeout=0))
-            state = TrainState(StackedMLP([_new_network(p) for p in batch]), batch[0].lr, [p.seed for p in batch])
+            losses = [p.loss() for p in batch]
+            state = TrainState(StackedMLP([_new_network(p) for p in batch]), batch[0].lr, [p.seed for p in batch], **batch[0].options(),
+                               schedules=[loss.schedule for loss in losses])
             if checkpoint.exists(): state.load(checkpoint)
             data = [dataset_of(p).train(p.seed).to(p.device) for p in batch]
             progress('train', state.epoch, batch[0].epochs)
-            for state in train_stack(state, [p.loss() for p in batch], data, batch[0].epochs, batch[0].batch_size, [_validation(p) for p in batch]):
+            for state in train_stack(state, losses, data, batch[0].epochs, batch[0].batch_size, [_validation(p) for p in batch]):
                 state.save(checkpoint)
                 progress('train', state.epoch, batch[0].epochs)
             p = batch[0]
-            samples = sample_stack(state.net, [p.target for p in batch], p.n_samples, data[0].shape[1], p.sample_steps, p.loss().schedule, p.sampler,
+            samples = sample_stack(state.result, [p.target for p in batch], p.n_samples, data[0].shape[1], p.sample_steps, p.loss().schedule, p.sampler,
                                    [p.seed for p in batch], device=p.device, progress=lambda *a: progress('sample', *a)).cpu()
             seconds, diverged = round((time.perf_counter() - began) / len(batch), 1), {}
             for m, (p, folder) in enumerate(zip(batch, folders)):
@@ -416,7 +435,7 @@ def _make_stack(batch, study, root, progress):
                     diverged[p] = next((r['epoch'] for r in history if 'diverged' in r), p.epochs); continue
                 work = folder.with_name(f'.{folder.name}.partial'); work.mkdir(exist_ok=True)
                 if not folder.exists():
-                    _record(work, p, state.net.network(m), history, samples[m], {'seconds': seconds, 'stacked': len(batch)})
+                    _record(work, p, state.result.network(m), history, samples[m], {'seconds': seconds, 'stacked': len(batch)})
                     os.replace(work, folder)
             checkpoint.unlink(missing_ok=True)
             for f in folders: f.with_name(f'.{f.name}.lock').unlink(missing_ok=True)

@@ -293,12 +293,12 @@ def make_record(name: str,          # of the study
                ) -> Record:         # raises ValueError if a record of that name has other parameters
     "Make a study's record and save it."
     path = place('records', scale) / f'{suffixed(name, scale)}.json'
-    try: there = {tuple(r[k] for k in vars(parameters[0])) for r in load_record(name, scale).rows}
+    try: there = {tuple(Parameters.completed(r)[k] for k in vars(parameters[0])) for r in load_record(name, scale).rows}
     except (FileNotFoundError, ValueError): there = set()      # a damaged one is made again
     asked = {tuple(vars(p).values()) for p in parameters}
     if there - asked:
         fields = {k: ({t[i] for t in there}, {a[i] for a in asked}) for i, k in enumerate(vars(parameters[0]))}
-        other = '; '.join(f'{k} {sorted(a)}, not {sorted(b)}' for k, (a, b) in fields.items() if a != b)
+        other = '; '.join(f'{k} {sorted(a, key=str)}, not {sorted(b, key=str)}' for k, (a, b) in fields.items() if a != b)
         raise ValueError(f"the study {name!r} exists with other parameters: {other}. Choose another name, or move {path} away.")
     record = condense(parameters, suffixed(name, scale), settings, **how)
     record.save(name, scale)
