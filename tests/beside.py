@@ -4,6 +4,7 @@ One process imports what notebooks import, and each notebook runs in a fork of i
 the seconds that a new Python needs for torch. conftest.py begins it before the first test, with the JOBS of the
 modules whose tests want the outcomes, and puts these tests last.
 """
+import gc
 import json
 import os
 import signal
@@ -99,14 +100,16 @@ def ended(tests):
 def main(folder, tests):
     import IPython.display, execnb.shell, fastcore.test, matplotlib.pyplot, nbdev.test, papermill.parameterize, papermill.iorw, sympy, torch._dynamo   # noqa: E401, F401
     import lfdm.plots, lfdm.runs, lfdm.studies   # noqa: E401, F401
+    gc.freeze()   # what is there stays shared with the forks
     jobs, outcomes = json.loads((folder / "jobs.json").read_text()), {}
     (folder / "runs").mkdir()
     for late in (False, True):
         waiting, running = [j for j in jobs if j["late"] == late], {}
         while waiting or running:
             while waiting and len(running) < (1 if late else WORKERS):
+                following = waiting.pop(0)
                 log = folder / f"{len(waiting)}-{late}.txt"
-                running[start(waiting[0], folder, log)] = waiting.pop(0)["name"], log
+                running[start(following, folder, log)] = following["name"], log
             pid, status, used = ended(tests)
             name, log = running.pop(pid)
             outcomes[name] = dict(status=os.waitstatus_to_exitcode(status), said=log.read_text(errors="replace"), seconds=used.ru_utime + used.ru_stime)

@@ -1,4 +1,8 @@
 "Every notebook runs from top to bottom, as nbdev_test runs it, but each in a process of its own."
+import json
+import tempfile
+from pathlib import Path
+
 import pytest
 
 from beside import job
@@ -16,13 +20,29 @@ def shown(path):
 RUN = [path for path in notebooks() if not shown(path)]
 
 
-def jobs(): return [job(name(path), path, SHORT.get(path, {}), cwd=path.parent) for path in RUN]
+def broken():
+    "A notebook that fails in its second cell."
+    code = lambda source: dict(cell_type="code", id=source[0], metadata={}, execution_count=None, outputs=[], source=source)
+    path = Path(tempfile.mkdtemp()) / "broken.ipynb"
+    kernel = dict(name="python3", display_name="python3", language="python")
+    path.write_text(json.dumps(dict(cells=[code("a = 0"), code("b = 1 / a"), code("raise KeyError('never')")], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)))
+    return path
+
+
+def jobs():
+    path = broken()
+    return [job(name(path), path, SHORT.get(path, {}), cwd=path.parent) for path in RUN] + [job("broken", path), job("broken with parameters", path, dict(scale="smoke"))]
 
 
 @pytest.mark.parametrize("notebook", RUN, ids=name)
 def test_notebook_runs(notebook, outcomes):
     outcome = outcomes[name(notebook)]
     assert outcome["status"] == 0, outcome["said"][-3000:]
+
+
+@pytest.mark.parametrize("how", ["broken", "broken with parameters"])
+def test_a_notebook_that_fails_is_told(how, outcomes):
+    assert outcomes[how]["status"] == 1 and "ZeroDivisionError" in outcomes[how]["said"] and "never" not in outcomes[how]["said"]
 
 
 def test_every_notebook_is_run_here_or_as_a_study():
