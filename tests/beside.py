@@ -4,7 +4,7 @@ One process imports what notebooks import, and each notebook runs in a fork of i
 the seconds that a new Python needs for torch. conftest.py begins it before the first test, with the JOBS of the
 modules whose tests want the outcomes, and puts these tests last.
 """
-import gc
+import atexit
 import json
 import os
 import signal
@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,13 +81,20 @@ def execute(job, folder):
 
 
 def start(job, folder, log):
-    "Run one notebook in a fork of this process, which goes the whole way of a Python that ends; its id."
+    "Run one notebook in a fork of this process; its id. To take down all that was imported would cost the fork two seconds: it leaves after its exit functions."
     sys.stdout.flush(), sys.stderr.flush()
     pid = os.fork()
     if pid: return pid
-    said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(said, 1), os.dup2(said, 2)
-    sys.exit(execute(job, folder))
+    code = 1
+    try:
+        said = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(said, 1), os.dup2(said, 2)
+        code = int(execute(job, folder))
+        atexit._run_exitfuncs()
+    except BaseException: traceback.print_exc()
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
 
 
 def ended(tests):
@@ -100,7 +108,6 @@ def ended(tests):
 def main(folder, tests):
     import IPython.display, execnb.shell, fastcore.test, matplotlib.pyplot, nbdev.test, papermill.parameterize, papermill.iorw, sympy, torch._dynamo   # noqa: E401, F401
     import lfdm.plots, lfdm.runs, lfdm.studies   # noqa: E401, F401
-    gc.freeze()   # what is there stays shared with the forks
     jobs, outcomes = json.loads((folder / "jobs.json").read_text()), {}
     (folder / "runs").mkdir()
     for late in (False, True):
