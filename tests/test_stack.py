@@ -236,7 +236,7 @@ def die(phase, done):
 
 @pytest.fixture(scope="module")
 def never_killed(tmp_path_factory):
-    return make_grid(grid(target=["x", "eps", "v"], **SMALL), root=tmp_path_factory.mktemp("grid"), stack=2)[0]
+    return make_grid(grid(dataset="cluster", target=["x", "eps", "v"], **SMALL), root=tmp_path_factory.mktemp("grid"), stack=2)[0]
 
 
 @pytest.mark.parametrize("death", [("train", 0), ("train", 1), ("train", 2), ("sample", 2), ("sample", 4), ("stack", 1)], ids=str)
@@ -313,6 +313,6 @@ def test_a_grid_over_the_options_stacks_what_is_alike(tmp_path, monkeypatch):
 
 
 def test_equal_parameters_are_made_once(tmp_path):
-    p = Parameters(**SMALL)
+    p = Parameters(dataset="cluster", **SMALL)
     runs, _ = make_grid([p, p], root=tmp_path)
     assert list(runs) == [p] and len([f for f in (tmp_path / "train").iterdir()]) == 1
