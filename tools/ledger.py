@@ -5,6 +5,7 @@ places stand in nbs/equations.toml and nbs/errata.toml. `python tools/ledger.py`
 status of its first check, writes the tables into the two pages, and says what is wrong and what is open.
 """
 import ast
+import functools
 import json
 import re
 import sys
@@ -68,7 +69,12 @@ def pages():
 
 
 def read(path):
-    "A notebook's cells with the heading above each: (kind, source, printed text, heading), and its title."
+    "A notebook's title and its cells with the heading above each: (kind, source, printed text, heading)."
+    return _read(path, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _read(path, _):
     title, heading, cells = path.stem, None, []
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
@@ -93,16 +99,22 @@ def checks():
     found = []
     for path in pages():
         title, cells = read(path)
-        for kind, _, printed, heading in cells:
+        for kind, code, printed, heading in cells:
             if kind != "code": continue
+            can_fail = bool(re.search(r"\b(prove|check|refute|test_\w+)\(|\bassert\b", code))
             for verdict, rest in re.findall(rf"^({'|'.join(VERDICTS)}): (.+)$", printed, re.M):
-                source = rest if verdict == "proved" else rest.rpartition(": ")[0]   # without the numbers at its end
-                found.append(SimpleNamespace(verdict=verdict, source=source, equations=named(source), place=place(path, title, heading)))
+                source = re.sub(r": (worst relative difference \S+|\S+ is not \S+)$", "", rest)   # without the numbers at its end
+                found.append(SimpleNamespace(verdict=verdict, source=source, equations=named(source), place=place(path, title, heading), can_fail=can_fail))
     return found
 
 
 def mentions(path):
-    "The equations the prose of a page names; numbers in brackets after the thesis's name has fallen count as its own."
+    "The equations the prose of a page names; bare numbers in brackets, such as (3.21), are the thesis's."
+    return _mentions(path, path.stat().st_mtime_ns)
+
+
+@functools.cache
+def _mentions(path, _):
     text = "\n\n".join(source for kind, source, _, _ in read(path)[1] if kind == "markdown")
     text = text.replace("\\&", "&").replace("training-objective document", "note")
     plain = re.sub(r"\s+", " ", re.sub(r"[()]", "", text))
@@ -139,6 +151,7 @@ def faults(lines=None):
     lines = checks() if lines is None else lines
     rows, said = ledger(lines), []
     for line in lines:
+        if not line.can_fail: said.append(f"{line.place.address} says `{line.source}` in a cell where nothing can fail")
         said += [f"{line.place.address} says `{line.source}`, and equations.toml has no {' '.join(e)}" for e in line.equations if e not in rows]
     for key, row in rows.items():
         name, at = " ".join(key), row.at
@@ -224,7 +237,7 @@ def table(document, rows=None):
         if key[0] != document: continue
         twin = f" As [{' '.join(row.twin)}](#{row_id(row.twin)})." if row.twin else ""
         mark = f" ([erratum {marks[key]}](errata.ipynb#erratum-{marks[key]}))" if key in marks else ""
-        lines.append(f"| []{{#{row_id(key)}}}{key[1]} | {cell_text(row.says)}{twin}{mark} | {STATUSES[row.status]} | {where(row)} |")
+        lines.append(f"| []{{#{row_id(key)}}}[{key[1]}](#{row_id(key)}) | {cell_text(row.says)}{twin}{mark} | {STATUSES[row.status].split(' by ')[0].split(' numer')[0]} | {where(row)} |")
     return "\n".join(lines)
 
 
