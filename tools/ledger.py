@@ -235,7 +235,7 @@ def table(document, rows=None):
     lines = ["| number | what it says | status | where |", "|:--|:----------|:--|:-------|"]
     for key, row in rows.items():
         if key[0] != document: continue
-        twin = f" As [{' '.join(row.twin)}](#{row_id(row.twin)})." if row.twin else ""
+        twin = f"; as [{' '.join(row.twin)}](#{row_id(row.twin)})" if row.twin else ""
         mark = f" ([erratum {marks[key]}](errata.ipynb#erratum-{marks[key]}))" if key in marks else ""
         lines.append(f"| []{{#{row_id(key)}}}[{key[1]}](#{row_id(key)}) | {cell_text(row.says)}{twin}{mark} | {STATUSES[row.status].split(' by ')[0].split(' numer')[0]} | {where(row)} |")
     return "\n".join(lines)
