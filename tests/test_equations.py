@@ -1,10 +1,15 @@
 "The ledger of equations and the errata say what the notebooks have printed, no more and no less."
+import math
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import sympy as sp
+import torch
 
 import ledger
+from lfdm.core import check, refute
 from tree import ROOT
 
 SEEDS = ROOT.parent / "shared" / "seeds"
@@ -14,6 +19,36 @@ LINES = ledger.checks()
 def line(verdict, source):
     "A line as a notebook might print it."
     return SimpleNamespace(verdict=verdict, source=source, equations=ledger.named(source), place=SimpleNamespace(address="page.ipynb", name="Page"), can_fail=True)
+
+
+# --- the three verdicts
+
+def test_check_compares_numbers(capsys):
+    check(torch.tensor([1., 2.]), [1., 2. + 1e-12], "two numbers")
+    check(np.array([1e-12, 5.]), torch.tensor([0., 5.]), "relative to the largest where 0 is expected", 1e-9)
+    check(sp.Rational(1, 3), 1 / 3, "a sympy number")
+    check([math.inf, 0.], [math.inf, 0.], "an infinity and a zero")
+    assert capsys.readouterr().out.count("checked: ") == 4
+
+
+@pytest.mark.parametrize("value, expected", [([1., 2.1], [1., 2.]), (math.nan, 1.), (1., math.nan), ([1., math.nan], 1.), (math.inf, 1.), (1., math.inf), (1e-6, 0.), ([1., 1e-8], [1., 0.])])
+def test_check_fails_where_numbers_differ(value, expected, capsys):
+    with pytest.raises(AssertionError, match="not so: a claim"): check(value, expected, "a claim")
+    assert "checked" not in capsys.readouterr().out
+
+
+def test_check_needs_like_shapes():
+    with pytest.raises(ValueError, match="shape"): check([1., 1.], [1., 1., 1.], "a claim")
+
+
+def test_refute_needs_a_point(capsys):
+    x, p = sp.Symbol("x", real=True), sp.Symbol("p", positive=True)
+    refute(sp.Abs(x), x, "a modulus")
+    refute(sp.Function("f")(x).diff(x), 0, "any function is constant")
+    refute(p, 1, "only somewhere", {p: 2})
+    assert capsys.readouterr().out.count("refuted: ") == 3
+    for left, right, at in ((sp.Abs(p), p, None), (sp.sin(x)**2, 1 - sp.cos(x)**2, None), (p, 1, {p: 1}), (2, 2.0, None), (sp.exp(sp.log(p) / 2), sp.sqrt(p), None)):
+        with pytest.raises(AssertionError, match="not refuted"): refute(left, right, "a truth", at)
 
 
 # --- how a line names equations
