@@ -76,9 +76,10 @@ lab: $(READY) ## open JupyterLab on the notebooks
 docs: $(READY) ## build the site into _docs (with Quarto where it is installed)
 	@$(PY) tools/docs.py
 
-export: $(READY) ## bring lfdm/ and README.md up to date with the notebooks, and clean these
+export: $(READY) ## bring lfdm/, README.md and the pages of equations up to date with the notebooks, and clean these
 	@$(PY) -c "from nbdev.doclinks import nbdev_export; nbdev_export()"
 	@$(PY) -c "from nbdev.clean import nbdev_clean; nbdev_clean()"
+	@$(PY) tools/ledger.py
 	@$(PY) tools/readme.py
 
 # Later versions of Python pull in a few packages more: each adds its own to those of 3.11.

@@ -68,7 +68,7 @@ def nelbo(denoiser,        # denoiser(z, level) -> (x̂, ε̂)
           draws: int = 256,  # of level and noise, for each example
           seed: int = 0,     # of these
          ) -> Bound:         # of tensors of shape (n,)
-    "An unbiased estimate of the NELBO with its three terms; thesis (3.13)-(3.20). Raises ValueError, TypeError or FloatingPointError."
+    "An unbiased estimate of the NELBO with its three terms; thesis (3.6), (3.15)-(3.20). Raises ValueError, TypeError or FloatingPointError."
     _batch('x', x)
     whole, schedule, _ = choices(denoiser, 1 if steps is None else steps, schedule, 'ancestral')
     if not math.isfinite(schedule.logsnr_max - schedule.logsnr_min): raise ValueError(f"the bound needs a finite range of logsnr, not {schedule!r}.")
