@@ -36,11 +36,11 @@ VERDICTS = ("proved", "checked", "refuted")
 def named(text):
     """The equations a text names: 'Kingma & Gao 34, 35; 36 with 1/π' -> 34, 35 and 36.
 
-    Numbers follow the document's name at once, joined by commas, `and`, `with` or `so`; `to` and – span a range. A text beside an equation, as in 'thesis, text before 3.52' or 'paper 8, the text after it', is not the equation.
+    Numbers follow the document's name at once, joined by commas, `and`, `with` or `so`; `to` and – span a range. A text beside an equation, as in 'thesis, text before 3.52' or 'paper 8, the text after it', is not the equation, nor is an equation under another condition, 'paper 8, if ...'.
     """
     found = []
     for document, known in DOCUMENTS.items():
-        number = rf"(?<![\w./])({NUMBER[document]})(?![\w/(]|\.\d|,? the text)"
+        number = rf"(?<![\w./])({NUMBER[document]})(?![\w/(]|\.\d|,? the text|, if )"
         for start in re.finditer(rf"(?<![\w-]){re.escape(document)}'?s? +(?={NUMBER[document]})", text):
             rest, previous = text[start.end():], None
             joint = r""
