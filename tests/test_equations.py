@@ -68,6 +68,8 @@ def test_refute_needs_a_point(capsys):
     ("note W2 with the posterior variance", "note W2"),
     ("thesis 3.2.2: a section", ""),
     ("thesis, text before 3.52: not the equation", ""),
+    ("Kingma & Gao 91, the text after it: a claim", ""),
+    ("Kingma & Gao 50, if the score is conservative", ""),
     ("thesis, algorithm 1: no equation", ""),
     ("a synthesis 3.5", ""),
 ])
