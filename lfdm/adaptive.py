@@ -38,7 +38,8 @@ class AdaptiveSchedule(Schedule):
     def _spread(self):
         "Mass per bin, and the distribution function at the edges."
         seen = self._history.nan_to_num(self._history.nanmean().item())**(1 / self.moment)
-        share = seen / seen.sum() if seen.sum() > 0 else torch.full_like(seen, 1 / self.bins)
+        share = seen / seen.max() if seen.max() > 0 else torch.ones_like(seen)
+        share = share / share.sum()
         self._mass = (1 - self.uniform) * share + self.uniform / self.bins
         self._mass /= self._mass.sum()
         self._cdf = torch.cat([self._mass.new_zeros(1), self._mass.cumsum(0)]); self._cdf[-1] = 1
@@ -48,11 +49,10 @@ class AdaptiveSchedule(Schedule):
                 value: torch.Tensor,  # w L′ of each example, up to a constant, shape (n,)
                ):
         "Learn from one batch. Values that are not finite are for the training to report, not to learn from."
-        logsnr, value = logsnr.detach().double().to(self._edges.device), value.detach().double().to(self._edges.device)
-        if not value.isfinite().all(): return
-        i = self._bin(logsnr)
+        i, value = self._bin(logsnr.detach().to(self._edges)), value.detach().to(self._edges)**self.moment
         count = torch.zeros_like(self._history).index_add_(0, i, torch.ones_like(value))
-        mean = torch.zeros_like(self._history).index_add_(0, i, value**self.moment) / count.clamp(min=1)
+        mean = torch.zeros_like(self._history).index_add_(0, i, value) / count.clamp(min=1)
+        if not mean.isfinite().all(): return
         former = torch.where(self._history.isnan(), mean, self._history)
         self._history = torch.where(count > 0, self.decay * former + (1 - self.decay) * mean, self._history)
         self._spread()
@@ -69,13 +69,13 @@ class AdaptiveSchedule(Schedule):
     def _on(self, like, i): "The bin's slope dλ/dt, in float64."; return -((self._edges[0] - self._edges[-1]) / self.bins / self._mass)[i]
     def path(self, u):
         if is_symbolic(u): raise TypeError(f"{self!r} has no formula in t.")
-        v = u.double().to(self._cdf.device)
+        v = u.to(self._cdf)
         i = torch.searchsorted(self._cdf, v.detach(), right=True).sub(1).clamp(0, self.bins - 1)
         return (self._edges[i] + (v - self._cdf[i]) * self._on(u, i)).to(u)
     def inverse(self, logsnr):
-        k = logsnr.double().to(self._cdf.device)
+        k = logsnr.to(self._cdf)
         i = self._bin(k.detach())
         return (self._cdf[i] + (k - self._edges[i]) / self._on(k, i)).to(logsnr)
-    def slope(self, logsnr): return self._on(logsnr, self._bin(logsnr.detach().double().to(self._cdf.device))).to(logsnr)
+    def slope(self, logsnr): return self._on(logsnr, self._bin(logsnr.detach().to(self._cdf))).to(logsnr)
 
 SCHEDULES['adaptive'] = AdaptiveSchedule

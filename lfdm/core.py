@@ -53,16 +53,16 @@ def from_words(registry: dict,  # name -> class
               ):                # an instance; raises ValueError, and what the class raises on a bad option
     "The instance that a name, or a name with options, stands for."
     try: call = ast.parse(words.strip(), mode='eval').body
-    except (SyntaxError, ValueError): call = None
+    except (SyntaxError, ValueError, RecursionError, MemoryError): call = None   # too deep to read is no choice either
     if words in registry or not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name): return lookup(registry, words, kind)()
     cls = lookup(registry, call.func.id, kind)
     valid, given = list(inspect.signature(cls).parameters), [k.arg for k in call.keywords]
     for k in given:
         if k not in valid: raise ValueError(unknown(f'option of {call.func.id}:', k, valid) if valid else f"{call.func.id} has no options, but {words!r} gives {k!r}.")
-    if len(call.args) + len(given) > len(valid) or set(given) & set(valid[:len(call.args)]):
-        raise ValueError(f"{words!r} gives too many options. {call.func.id} has: {', '.join(map(repr, valid)) or 'none'}.")
+    if len(call.args) + len(given) > len(valid) or set(given) & set(valid[:len(call.args)]) or len(set(given)) < len(given):
+        raise ValueError(f"{words!r} gives too many options, or one of them twice. {call.func.id} has: {', '.join(map(repr, valid)) or 'none'}.")
     try: return cls(*(_value(a, words) for a in call.args), **{k.arg: _value(k.value, words) for k in call.keywords})
-    except TypeError as e: raise ValueError(f"{words!r}: {e}") from e
+    except (TypeError, RecursionError) as e: raise ValueError(f"{words!r}: {e}") from e
 
 def words(choice,    # an instance from a registry, with its options as attributes of their own names
           skip=(),   # options to leave out

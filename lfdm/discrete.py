@@ -11,7 +11,7 @@ import math
 import torch
 
 from .core import as_number, instance, is_symbolic, number, words
-from .schedules import SCHEDULES, Schedule
+from .schedules import SCHEDULES, Level, Schedule
 
 # %% ../nbs/12_discrete.ipynb #8d7a1527
 class DiscreteSchedule(Schedule):
@@ -27,10 +27,10 @@ class DiscreteSchedule(Schedule):
         given = {k: v for k, v in (('logsnr_min', logsnr_min), ('logsnr_max', logsnr_max)) if v is not None}
         inner = instance(SCHEDULES, schedule, 'schedule', Schedule)
         self.schedule = schedule if isinstance(schedule, str) else words(inner)
-        if given: inner = type(inner)(**{k: v for k, v in vars(inner).items() if k[0] != '_'} | given)
         if inner.steps or inner.learned: raise ValueError(f"a schedule with levels of its own cannot be seen at T times: {inner!r}. Choose one with a path.")
+        if given: inner = type(inner)(**{k: v for k, v in vars(inner).items() if k[0] != '_'} | given)
         if not math.isfinite(inner.logsnr_max - inner.logsnr_min): raise ValueError(f"T levels need a finite range of logsnr, not {inner!r}.")
-        self.scales = inner.scales
+        self._inner = inner
         self._set(inner.logsnr(torch.linspace(0, 1, self.T + 1, dtype=torch.float64)))
 
     def _set(self, levels):
@@ -40,6 +40,7 @@ class DiscreteSchedule(Schedule):
     @property
     def steps(self): "T."; return self.T
     def _level(self, like): return self._levels.to(like)
+    def scales(self, logsnr): return self._inner.scales(logsnr)
 
     def _i(self, logsnr):
         "The i with λ_i ≤ λ < λ_{i-1}, 1 to T; a level itself is found in spite of rounding."
@@ -48,23 +49,27 @@ class DiscreteSchedule(Schedule):
     def index(self, t):
         "i = ⌈tT⌉, from 0 at t = 0 to T; i/T is found in spite of rounding."
         t = as_number(t)
-        return torch.ceil(t.double() * self.T - 4 * torch.finfo(t.dtype).eps * self.T).long().clamp(0, self.T)
+        n = t.to(torch.promote_types(t.dtype, torch.float32)) * self.T
+        return torch.where((n - n.round()).abs() <= 4 * torch.finfo(t.dtype).eps * n, n.round(), n.ceil()).long().clamp(0, self.T)
     def before(self, logsnr):
         "λ_{i-1}, the next cleaner level."
         return self._level(logsnr)[self._i(logsnr) - 1]
+    def jump(self, logsnr):
+        "λ_{i-1} - λ_i, with the digits of float64."
+        return -self._levels.diff().to(logsnr)[self._i(logsnr) - 1]
 
     def logsnr(self, t):
         "λ_i at t in ((i-1)/T, i/T], λ_0 at 0."
         if is_symbolic(t): raise TypeError(f"{self!r} has no formula in t.")
         t = as_number(t)
         return self._level(t)[self.index(t)]
+    def level(self, t): return Level(logsnr := self.logsnr(t), *self.scales(logsnr))   # λ_0 at t = 0, which is in no cell
     def level_at(self, logsnr):
         "The level of the chain whose cell λ lies in: the next noisier one."
         return super().level_at(self._level(logsnr)[self._i(logsnr)])
     def dlogsnr_at(self, logsnr):
         "What stands where others have λ′: -T expm1(λ_{i-1} - λ_i)."
-        i = self._i(logsnr)
-        return -self.T * torch.expm1((self._levels[i - 1] - self._levels[i])).to(logsnr)
+        return -self.T * torch.expm1(-self._levels.diff()).to(logsnr)[self._i(logsnr) - 1]
     def t(self, logsnr):
         "The time i/T of the cell that λ lies in."
         logsnr = as_number(logsnr)
@@ -72,9 +77,8 @@ class DiscreteSchedule(Schedule):
     def density(self, logsnr):
         "p(λ) of the staircase's cells, 1/T(λ_{i-1} - λ_i) inside the range and 0 outside."
         logsnr = as_number(logsnr)
-        i = self._i(logsnr)
-        p = (1 / (self.T * (self._levels[i - 1] - self._levels[i]))).to(logsnr)
-        return torch.where((logsnr < self._levels[-1]) | (logsnr > self._levels[0]), torch.zeros_like(p), p)
+        p = (-1 / (self.T * self._levels.diff())).to(logsnr)[self._i(logsnr) - 1]
+        return torch.where((logsnr < self.logsnr_min) | (logsnr > self.logsnr_max), torch.zeros_like(p), p)
 
 SCHEDULES['discrete'] = DiscreteSchedule
 
@@ -98,6 +102,7 @@ class DDPMSchedule(DiscreteSchedule):
         if logsnr_min is not None and abs(number('logsnr_min', logsnr_min) - levels[-1]) > 1e-6 * abs(levels[-1]):
             raise ValueError(f"the ddpm schedule ends at logsnr {levels[-1]:.6g}, given by T and beta; it cannot end at {logsnr_min!r}.")
         self._set(torch.cat([torch.tensor([float(logsnr_max)], dtype=torch.float64), levels]))
+    scales = Schedule.scales
     @property
     def betas(self): "β_1 to β_T, float64."; return torch.linspace(self.beta_min, self.beta_max, self.T, dtype=torch.float64)
 

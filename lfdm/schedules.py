@@ -188,11 +188,15 @@ class EDMTrainSchedule(VESchedule):
                 ):
         self.mean, self.std = number('mean', mean, low=-80, high=80), number('std', std, low=1e-3, high=1e3)
         Schedule.__init__(self, logsnr_min, logsnr_max)
+    def logsnr(self, t):
+        "λ(t), found in float64: next to t = 1, float32 has no digits left for the far end of the bell."
+        t = as_number(t)
+        return super().logsnr(t) if is_symbolic(t) or t.device.type == 'mps' else super().logsnr(t.double()).to(t.dtype)
     def path(self, u): return self.mean - self.std * maths(u).ndtri(u)
     def inverse(self, logsnr): return maths(logsnr).ndtr((self.mean - logsnr) / self.std)
     def slope(self, logsnr):
         m = maths(logsnr)
-        return -self.std * m.sqrt(2 * m.pi + 0 * logsnr) * m.exp(((logsnr - self.mean) / self.std)**2 / 2)
+        return -self.std * m.sqrt(as_number(2 * m.pi)) * m.exp(((logsnr - self.mean) / self.std)**2 / 2)
     def reach(self): return self.mean - 8 * self.std, math.inf   # further down, t rounds to 1
 
 # %% ../nbs/10_schedules.ipynb #f24e2834

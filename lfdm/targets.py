@@ -111,7 +111,7 @@ def convert(y_hat,   # prediction of `source`
            ):        # prediction of `target`; raises ZeroDivisionError where it is not determined
     "One target's prediction as another's."
     source, target = (instance(TARGETS, t, 'target', Target) for t in (source, target))
-    if source.name == target.name: return y_hat
+    if type(source) is type(target) and vars(source) == vars(target): return y_hat
     if target.name == 'x': return source.to_x(y_hat, z, alpha, sigma)
     if target.name == 'eps': return source.to_eps(y_hat, z, alpha, sigma)
     x_hat = source.to_x(y_hat, z, alpha, sigma) if target.needs_x else None

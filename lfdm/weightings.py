@@ -111,7 +111,7 @@ class DDPMVLB(Weighting):
         self.variance = variance
     def eps_factor(self, logsnr, schedule, target):
         if not schedule.steps or self.variance == 'posterior': return -schedule.dlogsnr_at(logsnr)
-        jump = schedule.before(logsnr) - logsnr                      # expm1(jump) σ_s²/σ_t² = (1 - e^-jump)/α_t|s²
+        jump = schedule.jump(logsnr)                                 # expm1(jump) σ_s²/σ_t² = (1 - e^-jump)/α_t|s²
         alpha_s, alpha_t = schedule.scales(schedule.before(logsnr))[0], schedule.scales(logsnr)[0]
         return -schedule.steps * (alpha_s / alpha_t)**2 * maths(logsnr).expm1(-jump)
 
@@ -147,8 +147,9 @@ class EDM(LogSNRWeighting):
         self.sigma_data = number('sigma_data', sigma_data, low=1e-6, high=1e6)
     def w(self, logsnr):
         m = maths(logsnr)
-        bell = m.exp(-((logsnr - self.mean) / self.std)**2 / 2) / (self.std * m.sqrt(2 * m.pi + 0 * logsnr))
-        return bell * (1 + m.exp(-logsnr) / self.sigma_data**2)
+        a = (logsnr - self.mean) / self.std
+        bell, tilted = m.exp(-a**2 / 2), m.exp(-a * (a / 2 + self.std) - self.mean)    # the second is bell e^-λ, finite at both ends
+        return (bell + tilted / self.sigma_data**2) / (self.std * m.sqrt(as_number(2 * m.pi)))
 
 # %% ../nbs/30_weightings.ipynb #8cd1d835
 class EDMMonotonic(EDM):
@@ -160,12 +161,16 @@ class EDMMonotonic(EDM):
                  sigma_data: float = 0.5, # σ_d
                 ):                        # raises ValueError if EDM's weight rises again behind its peak
         from scipy.optimize import brentq
+        from scipy.special import expit
         super().__init__(mean, std, sigma_data)
-        uphill = lambda l: (self.mean - l) / self.std**2 - torch.sigmoid(-l - 2 * math.log(self.sigma_data))   # d log w / dλ
-        l = torch.linspace(self.mean - self.std**2, self.mean, 20_001, dtype=torch.float64)
-        tops = [i for i in ((uphill(l[:-1]) > 0) & (uphill(l[1:]) <= 0)).nonzero()[:, 0].tolist()]             # uphill before, not after
-        turns = [brentq(lambda k: uphill(torch.tensor(k, dtype=torch.float64)).item(), l[i].item(), l[i + 1].item(), xtol=1e-14) for i in tops]
-        self._peak = max(turns, key=lambda k: super(EDMMonotonic, self).w(torch.tensor(k, dtype=torch.float64)).item())
+        knee = -2 * math.log(self.sigma_data)                                            # where e^-λ = σ_d²
+        uphill = lambda l: (self.mean - l) / self.std**2 - expit(knee - l)               # d log w / dλ
+        log_w = lambda l: -((l - self.mean) / self.std)**2 / 2 + max(knee - l, 0) + math.log1p(math.exp(-abs(knee - l)))
+        bend = 2 * math.acosh(max(1., self.std / 2))                                     # uphill falls, but between knee ± bend
+        ends = (self.mean - self.std**2 - self.std, self.mean)
+        l = [ends[0], *(k for k in (knee - bend, knee + bend) if ends[0] < k < ends[1]), ends[1]]
+        turns = [brentq(uphill, a, b, xtol=1e-13) for a, b in zip(l, l[1:]) if uphill(a) > 0 >= uphill(b)]
+        self._peak = max(turns, key=log_w)
         if self._peak != turns[-1]:
             raise ValueError(f"the EDM weight with mean {self.mean:g}, std {self.std:g}, sigma_data {self.sigma_data:g} is highest at λ = {self._peak:.4g} and rises to a second peak at {turns[-1]:.4g}: "
                              f"no monotonic weight equals it to the right of its peak. Choose a smaller std.")

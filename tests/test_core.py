@@ -1,5 +1,6 @@
 "Attempts to break lfdm.core: wrong names, wrong numbers, wrong shapes."
 import math
+import string
 from fractions import Fraction
 
 import numpy as np
@@ -8,7 +9,11 @@ import sympy
 import torch
 from hypothesis import given, settings, strategies as st
 
-from lfdm.core import as_number, expand, instance, is_symbolic, lookup, maths, number, project_root, prove, unknown
+from lfdm.core import as_number, expand, from_words, instance, is_symbolic, lookup, maths, number, project_root, prove, unknown
+from lfdm.core import words as words_of
+from lfdm.schedules import SCHEDULES
+from lfdm.targets import TARGETS
+from lfdm.weightings import WEIGHTINGS
 
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 words = st.text(alphabet='abcdefgh_', min_size=1, max_size=6)
@@ -138,7 +143,8 @@ def test_every_function_means_the_same_for_tensors_and_symbols(name):
         assert abs(of_tensor - float(of_symbol)) < 1e-15
         return
     x = sympy.Symbol('x')
-    for value in (0.1, 0.5, 2.):
+    if name in ('maximum', 'minimum'): of_tensor, of_symbol = (lambda a, f=f: f(a, 0.7) for f in (of_tensor, of_symbol))   # of two
+    for value in (0.1, 0.5, 0.9 if name == 'ndtri' else 2.):                                                               # of a share
         assert abs(float(of_tensor(torch.tensor(value, dtype=torch.float64))) - float(of_symbol(x).subs(x, value))) < 1e-12
 
 
@@ -182,6 +188,67 @@ def test_prove_proves_what_is_true_and_nothing_else(capsys):
     for left, right in ((x, x + 1), (x, x * 1.000001), (x, -x), (sympy.exp(x), 1 + x), (x**2, x**2 + sympy.Rational(1, 10**12)), (x, sympy.nan)):
         with pytest.raises(AssertionError, match='not proved: a lie'): prove(left, right, 'a lie')
     assert capsys.readouterr().out == ''
+
+
+# ---- choices with options
+
+OPTIONS = {'shifted_cosine': dict(shift=st.floats(-5, 5)), 'linear': dict(beta_min=st.floats(0.01, 1)), 'edm_train': dict(mean=st.floats(-3, 3), std=st.floats(1.8, 5)), 'edm_sample': dict(rho=st.floats(0.5, 20)),
+           'logit_normal': dict(m=st.floats(-1, 1), s=st.floats(1, 3)), 'discrete': dict(schedule=st.sampled_from(['linear', 'cosine(-9, 9)', 'shifted_cosine(shift=0.3)']), T=st.integers(1, 2000)),
+           'ddpm': dict(T=st.integers(1, 2000), beta_min=st.floats(1e-4, 0.01)), 'adaptive': dict(bins=st.integers(1, 200), uniform=st.floats(0.01, 1)), 'F': dict(sigma_data=st.floats(0.01, 100)),
+           'min_snr': dict(gamma=st.floats(1e-3, 1e6)), 'soft_min_snr': dict(gamma=st.floats(1e-3, 1e6)), 'p2': dict(k=st.floats(0, 10), gamma=st.floats(0, 5)), 'ddpm_vlb': dict(variance=st.sampled_from(['beta', 'posterior'])),
+           'sigmoid': dict(k=st.floats(-10, 10)), 'edm': dict(mean=st.floats(-5, 5), std=st.floats(0.1, 9)), 'edm_monotonic': dict(mean=st.floats(-5, 5), std=st.floats(0.1, 1.9)),
+           'implied': dict(schedule=st.sampled_from(['ve', 'shifted_cosine(shift=-2)', 'cosine']), target=st.sampled_from(['v', 'F(sigma_data=2)']), weighting=st.sampled_from(['weighted', 'min_snr(gamma=3)', 'p2(k=2, gamma=0.5)']))}
+
+
+def test_what_is_written_is_read_again():
+    "every choice of every registry with any options: words of the instance give the instance again, and only what is not at its default is said"
+    for kind, registry in (('schedule', SCHEDULES), ('target', TARGETS), ('weighting', WEIGHTINGS)):
+        for name, cls in registry.items():
+            assert repr(from_words(registry, name, kind)) == repr(cls()) and type(from_words(registry, f'{name}()', kind)) is cls
+            @settings(max_examples=6, deadline=None, derandomize=True, database=None)
+            @given(st.fixed_dictionaries({}, optional=OPTIONS.get(name, {})))
+            def there_and_back(options):
+                made = cls(**options)
+                said = words_of(made, skip=('logsnr_min', 'logsnr_max') if name in ('discrete', 'ddpm') else ())
+                again = from_words(registry, said, kind)
+                assert repr(again) == repr(made), said
+                assert {k: v for k, v in vars(again).items() if not k.startswith('_')} == {k: v for k, v in vars(made).items() if not k.startswith('_')}
+            there_and_back()
+            assert words_of(cls(), skip=('logsnr_min', 'logsnr_max')) == name
+    assert words_of(SCHEDULES['cosine'](-math.inf, math.inf)) == 'cosine(logsnr_min=-inf, logsnr_max=inf)'
+    assert from_words(SCHEDULES, 'cosine(-inf, inf)', 'schedule').logsnr_max == math.inf
+
+
+HOSTILE = ['__import__("os")', '__import__("os").system("touch hacked")', 'cosine(__import__("os"))', 'cosine(shift=open("hacked", "w"))', 'cosine.__class__()', 'cosine().__init__', '(lambda: 1)()', 'cosine(lambda: 1)',
+           'cosine([1, 2])', 'cosine(*[1, 2])', 'cosine(**{"logsnr_min": 1})', 'cosine(-5, logsnr_min=-4)', 'cosine(logsnr_min=-5, logsnr_min=-4)', 'cosine(1, 2, 3)', 'cosine(1 + 1)', 'cosine(-1 if 1 else 2)', 'cosine(5, -5)',
+           'cosine("a")', 'cosine(-"a")', 'cosine(a)', 'cosine(True)', 'cosine(None)', 'cosine(1j)', 'cosine(nan)', 'cosine(b"1")', 'cosine(f"{1}")', 'cosine(logsnr_min=x:=1)', 'cosine(', 'cosine)', 'cosine()()', 'cosine() ; 1', 'cosine\n(1)()',
+           'cosine(10**400)', f'cosine({"9" * 1000})', f'cosine({"9" * 9000})', '', ' ', '()', '\x00', 'cosine(\x00)', '\ud800', 'соsine', '余弦(1)', 'cosine(' * 5000, '(' * 10_000, '-' * 100_000 + '1', 'cosine(' + '-' * 5000 + '1)',
+           'discrete(schedule=' * 60 + 'cosine' + ')' * 60, 'discrete(schedule=discrete)', 'adaptive(schedule=cosine)', 'linear(shift=1)', 'ｃｏｓｉｎｅ(1, 2, 3)', 'cosine' * 10_000, 'cosine(' + '1,' * 10_000 + ')']
+
+
+def test_hostile_words_are_an_error_and_never_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for text in HOSTILE:
+        with pytest.raises(ValueError) as e: from_words(SCHEDULES, text, 'schedule')
+        assert str(e.value), text
+        with pytest.raises(ValueError): instance(SCHEDULES, text, 'schedule', SCHEDULES['cosine'].__mro__[-2])
+    assert not list(tmp_path.iterdir())
+    for text in ("sigmoid(k=__import__('os'))", 'implied(schedule=__import__("os"))', 'implied(weighting=implied(weighting=eval("1")))', 'implied(adaptive, eps, min_snr)'):
+        with pytest.raises(ValueError): from_words(WEIGHTINGS, text, 'weighting')
+
+
+@few
+@given(st.one_of(st.text(max_size=30), st.text(alphabet=string.ascii_letters + '(),=-.0123456789_', max_size=30).map(lambda t: f'cosine({t})')))
+def test_any_text_is_a_choice_or_a_value_error(text):
+    try: made = from_words(SCHEDULES, text, 'schedule')
+    except ValueError: return
+    assert type(made) in SCHEDULES.values()
+
+
+def test_the_nearest_option_is_offered():
+    with pytest.raises(ValueError, match="unknown option of shifted_cosine: 'shft'. Did you mean 'shift'"): from_words(SCHEDULES, 'shifted_cosine(shft=1)', 'schedule')
+    with pytest.raises(ValueError, match="x has no options, but 'x.a=1.' gives 'a'"): from_words(TARGETS, 'x(a=1)', 'target')
+    with pytest.raises(ValueError, match='gamma must be above 0'): from_words(WEIGHTINGS, 'min_snr(gamma=0)', 'weighting')
 
 
 def test_project_root(tmp_path):

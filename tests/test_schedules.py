@@ -6,21 +6,33 @@ import torch
 from hypothesis import given, settings, strategies as st
 from scipy.integrate import simpson
 
-from lfdm.schedules import (SCHEDULES, CosineSchedule, Level, LinearSchedule, VESchedule, dlog_alpha, network_logsnr, network_time, posterior, sample_times, sde,
+from lfdm.adaptive import AdaptiveSchedule
+from lfdm.discrete import DDPMSchedule, DiscreteSchedule
+from lfdm.schedules import (CONTINUOUS, SCHEDULES, CosineSchedule, Level, LinearSchedule, VESchedule, dlog_alpha, network_logsnr, network_time, posterior, sample_times, sde,
                             transition)
 
 torch.set_num_threads(1)
 f32, f64 = torch.float32, torch.float64
 few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 every = pytest.mark.parametrize('name', SCHEDULES)
+with_path = pytest.mark.parametrize('name', (*CONTINUOUS, 'adaptive'))   # a staircase of T levels has neither slope nor process
+with_formula = pytest.mark.parametrize('name', CONTINUOUS)               # what is learned is in no formula either
 unit = st.floats(0, 1)
 UNCUT = CosineSchedule(-math.inf, math.inf)
 
 
+def ends(name, widest):
+    "What a schedule of that name can reach within ±widest. A bell is kept to five deviations: beyond, its times have no digits left next to 1, and its slope none below infinity."
+    s = SCHEDULES[name]()
+    low, high = s.reach()
+    low, high = max(low, -widest), min(high, widest)
+    return (max(low, s.mean - 5 * s.std), min(high, s.mean + 5 * s.std)) if hasattr(s, 'std') else (low, high)
+
+
 def schedule_over(name, u, v, widest=14.):
     "The schedule of that name over a range between its reach and ±widest; the default range where it takes no other."
-    low, high = SCHEDULES[name]().reach()
-    low, high = max(low, -widest), min(high, widest)
+    if name == 'ddpm': return DDPMSchedule(logsnr_max=9.3 + (widest - 9.3) * max(u, v), T=1000)   # its other end is given by T and β
+    low, high = ends(name, widest)
     a, b = sorted((low + (high - low) * u, low + (high - low) * v))
     return SCHEDULES[name](logsnr_min=a, logsnr_max=max(b, a + 0.5) if a + 0.5 <= high else b) if b - a > 0.1 else SCHEDULES[name]()
 
@@ -35,7 +47,7 @@ def test_the_range_is_kept_exactly(name, u, v):
         t = torch.cat([torch.tensor([0., 1.]), torch.linspace(0, 1, 99)]).to(dtype)
         logsnr = s.logsnr(t)
         low, high = torch.tensor([s.logsnr_min, s.logsnr_max], dtype=dtype)
-        torch.testing.assert_close(logsnr[:2], torch.stack([high, low]), rtol=0, atol=1e-4 if dtype == f32 else 1e-11)
+        torch.testing.assert_close(logsnr[:2], torch.stack([high, low]), rtol=0, atol=1e-4 if dtype == f32 else 1e-9)
         assert (logsnr <= high).all() and (logsnr >= low).all(), (logsnr.max() - high, logsnr.min() - low)
         assert (s.density(logsnr) > 0).all()
         assert (logsnr[2:].diff() <= 0).all()
@@ -52,7 +64,7 @@ def test_the_ends_of_a_wide_range_are_what_was_asked_for(name, widest, dtype):
     if dtype == f64: torch.testing.assert_close(ends, torch.tensor([s.logsnr_max, s.logsnr_min], dtype=f64), rtol=1e-4, atol=0)
 
 
-@every
+@with_path
 @few
 @given(u=unit, v=unit)
 def test_time_and_level_are_inverse(name, u, v):
@@ -64,7 +76,7 @@ def test_time_and_level_are_inverse(name, u, v):
     assert (error <= 1e-12 + 4e-16 * s.dlogsnr_at(logsnr).abs() / min(1, s._t1 - s._t0)).all(), error.max()
 
 
-@every
+@with_path
 @few
 @given(u=unit, v=unit)
 def test_slope_is_the_derivative(name, u, v):
@@ -76,7 +88,7 @@ def test_slope_is_the_derivative(name, u, v):
     torch.testing.assert_close(s.dlogsnr_at(s.logsnr(t)).detach(), slope, rtol=1e-8, atol=0)
 
 
-@every
+@with_path
 @few
 @given(u=unit, v=unit)
 def test_density_is_the_density_of_the_levels_visited(name, u, v):
@@ -94,15 +106,14 @@ def test_density_is_the_density_of_the_levels_visited(name, u, v):
 @few
 @given(u=unit, v=unit)
 def test_scales_have_the_log_ratio_they_claim(name, u, v):
-    "log α²/σ² = λ, and each schedule is variance preserving or exploding throughout"
+    "log α²/σ² = λ, and each schedule is variance preserving, variance exploding, or a straight line"
     s = schedule_over(name, u, v)
     for dtype, tolerance in ((f64, 1e-12), (f32, 1e-5)):
         logsnr = torch.linspace(s.logsnr_min, s.logsnr_max, 33, dtype=dtype)
         alpha, sigma = s.scales(logsnr)
         torch.testing.assert_close(2 * (alpha.log() - sigma.log()), logsnr, rtol=tolerance, atol=tolerance)
-        preserving, exploding = (alpha**2 + sigma**2 - 1).abs().max() < tolerance, (alpha == 1).all()
-        assert preserving != exploding
-        assert name not in ('cosine', 'linear', 'shifted_cosine') or preserving
+        invariant = {'ve': alpha, 'edm_train': alpha, 'edm_sample': alpha, 'rectified_flow': alpha + sigma, 'logit_normal': alpha + sigma}.get(name, alpha**2 + sigma**2)
+        torch.testing.assert_close(invariant, torch.ones_like(alpha), rtol=tolerance, atol=0)
         level = s.level(t := torch.linspace(0, 1, 9, dtype=dtype))
         assert torch.equal(level.logsnr, s.logsnr(t)) and torch.equal(level.alpha, s.alpha(t)) and torch.equal(level.sigma, s.sigma(t))
 
@@ -140,6 +151,7 @@ def test_what_is_no_time_is_named(name, bad):
 @pytest.mark.parametrize('end', ['logsnr_min', 'logsnr_max'])
 @pytest.mark.parametrize('bad', ['1', 'inf', None, True, [1.], 1j, torch.tensor(1.), math.nan], ids=repr)
 def test_an_end_that_is_no_number_is_named(name, end, bad):
+    if bad is None and name in ('discrete', 'ddpm') and (name, end) != ('ddpm', 'logsnr_max'): return   # as their own schedule has it
     with pytest.raises((TypeError, ValueError), match=f'{end} must be a number, not') as e: SCHEDULES[name](**{end: bad})
     assert repr(bad) in str(e.value)
 
@@ -317,7 +329,13 @@ def test_network_time_at_the_extremes(dtype):
 
 # ---- the process
 
-@every
+def growth(name, logsnr):
+    "d log α/dλ by hand: of a constant, of √sigmoid(λ), of sigmoid(λ/2)."
+    if name in ('ve', 'edm_train', 'edm_sample'): return torch.zeros_like(logsnr)
+    return torch.sigmoid(-logsnr / 2 if name in ('rectified_flow', 'logit_normal') else -logsnr) / 2
+
+
+@with_path
 @few
 @given(u=unit, v=unit)
 def test_the_process_has_the_moments_of_the_schedule(name, u, v):
@@ -334,18 +352,17 @@ def test_the_process_has_the_moments_of_the_schedule(name, u, v):
     assert (g2 > 0).all() and (f <= 0).all()
 
 
-@every
+@with_path
 @few
 @given(u=unit, v=unit)
 def test_the_growth_of_the_signal_is_its_slope(name, u, v):
-    "finite differences of log α over λ, and the known forms: sigmoid(-λ)/2 if variance is preserved, 0 if α is constant"
+    "finite differences of log α over λ, and the known forms"
     s = schedule_over(name, u, v)
     logsnr, h = torch.linspace(s.logsnr_min, s.logsnr_max, 33, dtype=f64), 1e-5
     log_alpha = lambda l: s.scales(l)[0].log()
     got = dlog_alpha(s, logsnr)
     torch.testing.assert_close(got, (log_alpha(logsnr + h) - log_alpha(logsnr - h)) / (2 * h), rtol=0, atol=1e-9)
-    preserving = (sum(q**2 for q in s.scales(logsnr)) - 1).abs().max() < 1e-12
-    torch.testing.assert_close(got, torch.sigmoid(-logsnr) / 2 if preserving else torch.zeros_like(logsnr), rtol=1e-6, atol=0)
+    torch.testing.assert_close(got, growth(name, logsnr), rtol=1e-6, atol=0)
 
 
 @every
@@ -353,11 +370,10 @@ def test_the_growth_of_the_signal_is_its_slope(name, u, v):
 def test_the_growth_of_the_signal_keeps_its_digits_at_the_clean_end(name, dtype, widest, close):
     "precision is stated at given λ: 1 - sigmoid(λ) must not be what gives sigmoid(-λ)"
     s, logsnr = SCHEDULES[name](), torch.linspace(-10, widest, 41, dtype=dtype)
-    want = torch.sigmoid(-logsnr.double()) / 2 if name != 've' else torch.zeros(41, dtype=f64)
-    torch.testing.assert_close(dlog_alpha(s, logsnr).double(), want, rtol=close, atol=0)
+    torch.testing.assert_close(dlog_alpha(s, logsnr).double(), growth(name, logsnr.double()), rtol=close, atol=0)
 
 
-@every
+@with_path
 @pytest.mark.parametrize('dtype', [f32, f64])
 def test_the_process_is_finite_at_every_level_a_run_may_have(name, dtype):
     s = schedule_over(name, 0., 1., 80.)
@@ -368,7 +384,7 @@ def test_the_process_is_finite_at_every_level_a_run_may_have(name, dtype):
     assert f.dtype == g2.dtype == dtype and f.isfinite().all() and g2.isfinite().all() and (g2 > 0).all() and (f <= 1e-3).all()
 
 
-@every
+@with_path
 @pytest.mark.parametrize('dtype', [f32, f64])
 @pytest.mark.parametrize('shape', [(), (0,), (1,), (5, 1), (2, 3, 4)], ids=str)
 def test_the_process_keeps_shape_and_dtype_and_leaves_no_trace(name, dtype, shape):
@@ -382,7 +398,7 @@ def test_the_process_keeps_shape_and_dtype_and_leaves_no_trace(name, dtype, shap
     for value in (0.4, 0.): assert all(q.dtype == f64 and q.shape == () for q in (dlog_alpha(s, value), *sde(s, value)))
 
 
-@every
+@with_formula
 def test_the_process_of_symbols_is_that_of_numbers(name):
     import sympy
     s, l, t = SCHEDULES[name](), sympy.Symbol('l', real=True), sympy.Symbol('t', positive=True)
@@ -390,11 +406,10 @@ def test_the_process_of_symbols_is_that_of_numbers(name):
         assert float(sympy.N(dlog_alpha(s, l).subs(l, value))) == pytest.approx(dlog_alpha(s, value).item(), rel=1e-9, abs=1e-12)
     for at in (0.1, 0.5, 0.9):
         for symbolic, numeric in zip(sde(s, t), sde(s, at)): assert float(sympy.N(sympy.sympify(symbolic).subs(t, at))) == pytest.approx(numeric.item(), rel=1e-8, abs=1e-12)
-    preserving, exploding = sympy.simplify(dlog_alpha(s, l) - 1 / (2 * (1 + sympy.exp(l)))) == 0, dlog_alpha(s, l) == 0
-    assert preserving != exploding
+    torch.testing.assert_close(torch.tensor(float(dlog_alpha(s, l).subs(l, 1)), dtype=f64), growth(name, torch.tensor(1., dtype=f64)))
 
 
-@every
+@with_path
 def test_the_process_integrates_to_the_transition(name):
     "α_{t|s} = exp ∫f and σ²_{t|s} = ∫ g² exp(2∫f), by Simpson's rule"
     sched = SCHEDULES[name](logsnr_min=-6, logsnr_max=6)
@@ -429,3 +444,201 @@ def test_a_level_knows_its_scale_and_its_angle(name, logsnr):
         torch.testing.assert_close(2 / math.pi * level.angle, network_time(l), rtol=close, atol=0)     # the cosine time of λ, whatever the schedule
     noise, clean = UNCUT.level(1.), UNCUT.level(0.)
     assert (noise.angle, clean.angle, noise.scale, clean.scale) == (math.pi / 2, 0, 1, 1)
+
+
+# ---- schedules of the field
+
+def test_the_lists_of_edm():
+    "σ of their sampler against their own formula, (σ_max^(1/ρ) + i/(N-1)(σ_min^(1/ρ) - σ_max^(1/ρ)))^ρ; ln σ of their training is N(-1.2, 1.2²)"
+    for rho in (7., 3., 1., 0.5):
+        i, N = torch.arange(18, dtype=f64), 18
+        theirs = (80**(1 / rho) + i / (N - 1) * (0.002**(1 / rho) - 80**(1 / rho)))**rho
+        torch.testing.assert_close(SCHEDULES['edm_sample'](rho=rho).sigma(1 - i / (N - 1)), theirs, rtol=1e-7, atol=0)
+    log_sigma = SCHEDULES['edm_train'](-14., 18.).sigma(sample_times(100_000, torch.Generator().manual_seed(0), dtype=f64)).log()
+    assert abs(log_sigma.mean() + 1.2) < 1e-3 and abs(log_sigma.std() - 1.2) < 1e-3
+
+
+@few
+@given(st.floats(-3, 3), st.floats(0.3, 2))
+def test_logit_normal_times_are_logit_normal(m, spread):
+    "σ = t under rectified flow, so logit σ ~ N(m, s²)"
+    s = SCHEDULES['logit_normal'](-2 * m - 10 * spread, -2 * m + 10 * spread, m=m, s=spread)
+    logit = s.sigma(sample_times(20_000, torch.Generator().manual_seed(0), dtype=f64)).logit()
+    assert abs(logit.mean() - m) < 1e-3 and abs(logit.std() - spread) < 2e-3
+
+
+@few
+@given(st.floats(-4, 4))
+def test_a_shift_is_a_change_of_the_snr_by_e_to_twice_the_shift(shift):
+    t = torch.linspace(0.01, 0.99, 21, dtype=f64)
+    shifted = SCHEDULES['shifted_cosine'](-math.inf, math.inf, shift=shift)
+    torch.testing.assert_close(shifted.logsnr(t), UNCUT.logsnr(t) + 2 * shift, rtol=0, atol=1e-12)
+    assert SCHEDULES['shifted_cosine']().shift == math.log(64 / 128)
+
+
+def test_rectified_flow_is_a_straight_line():
+    s, t = SCHEDULES['rectified_flow'](-math.inf, math.inf), torch.linspace(0, 1, 21, dtype=f64)
+    torch.testing.assert_close(s.alpha(t), 1 - t, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(s.sigma(t), t, rtol=1e-12, atol=1e-15)
+
+
+@with_formula
+@few
+@given(u=unit, v=unit)
+def test_cut_is_cut_and_nothing_else(name, u, v):
+    "the levels of a cut schedule are those of its own path between two times"
+    s = schedule_over(name, u, v)
+    t = torch.linspace(0, 1, 21, dtype=f64)
+    torch.testing.assert_close(s.logsnr(t), s.path(s._t0 + (s._t1 - s._t0) * t), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('bad', [dict(shift=41), dict(shift='1'), dict(rho=0), dict(rho=math.nan), dict(std=0), dict(mean=math.inf), dict(m='0'), dict(s=0), dict(s=-1.), dict(m=True)], ids=str)
+def test_options_out_of_range_are_named(bad):
+    (option,) = bad
+    name = dict(shift='shifted_cosine', rho='edm_sample', std='edm_train', mean='edm_train', m='logit_normal', s='logit_normal')[option]
+    with pytest.raises((TypeError, ValueError), match=f'^{option} must be'): SCHEDULES[name](**bad)
+
+
+# ---- T levels
+
+@pytest.mark.parametrize('T', [1, 2, 7, 1000, 10**5, 10**6])
+def test_a_time_i_over_T_finds_level_i(T):
+    "in spite of rounding, in float32 too; and no time above 0 is at level 0, which no loss knows"
+    s, i = DiscreteSchedule(-9, 9, T=T), torch.arange(T + 1)
+    for dtype in (f32, f64):
+        assert torch.equal(s.index(i.to(dtype) / T), i)
+        tiny = torch.finfo(dtype).tiny
+        assert s.index(torch.tensor([0., tiny, torch.finfo(dtype).eps / 2], dtype=dtype)).tolist() == [0, 1, 1]
+    between = (i[1:].double() - 0.5) / T
+    assert torch.equal(s.index(between), i[1:])
+    if T <= 10**5:   # beyond, float32 has too few digits for that many levels
+        for dtype in (f32, f64): assert torch.equal(s._i(s.logsnr((i[1:].to(dtype)) / T)), i[1:])
+
+
+@pytest.mark.parametrize('inner', [*CONTINUOUS, 'shifted_cosine(shift=-1)', 'linear(-5, 6)'])
+def test_a_schedule_seen_at_T_times(inner):
+    "its levels and scales at i/T, one cell of density 1/T between two levels, and t(λ(t)) the end of the cell"
+    s = DiscreteSchedule(schedule=inner, T=13)
+    path = DiscreteSchedule(schedule=inner, T=1)._inner
+    i = torch.arange(14, dtype=f64)
+    for f in ('logsnr', 'alpha', 'sigma'): torch.testing.assert_close(getattr(s, f)(i / 13), getattr(path, f)(i / 13), rtol=1e-12, atol=1e-12)
+    t = torch.linspace(0.001, 1, 99, dtype=f64)
+    torch.testing.assert_close(s.t(s.logsnr(t)), (t * 13 - 1e-9).ceil() / 13, rtol=1e-12, atol=0)
+    mass = s.density((s._levels[1:] + s._levels[:-1]) / 2) * -s._levels.diff()
+    torch.testing.assert_close(mass, torch.full_like(mass, 1 / 13), rtol=1e-12, atol=0)
+    assert (s.density(torch.tensor([s.logsnr_min - 1e-6, s.logsnr_max + 1e-6], dtype=f64)) == 0).all()
+    snr = s._levels.exp()                                                  # thesis 3.17: a difference of SNRs
+    torch.testing.assert_close(-s.dlogsnr_at(s._levels[1:]), 13 * (snr[:-1] / snr[1:] - 1), rtol=1e-9, atol=0)
+    torch.testing.assert_close(s.jump(s._levels[1:]), s.before(s._levels[1:]) - s._levels[1:])
+    inside = (s._levels[1:] + s._levels[:-1]) / 2                          # a level between belongs to the next noisier one
+    assert torch.equal(s.level_at(inside).logsnr, s._levels[1:])
+
+
+@few
+@given(st.integers(1, 60), st.floats(1e-4, 0.5), st.floats(0, 0.49))
+def test_ddpm_is_the_plain_product(T, beta_min, more):
+    s = DDPMSchedule(logsnr_max=math.inf, T=T, beta_min=beta_min, beta_max=beta_min + more)
+    product, alphas = 1., []
+    for i in range(T):
+        product *= 1 - (beta_min + more * i / max(1, T - 1)); alphas.append(product)
+    i = torch.arange(1, T + 1, dtype=f64) / T
+    torch.testing.assert_close(s.alpha(i)**2, torch.tensor(alphas, dtype=f64), rtol=1e-9, atol=0)
+    torch.testing.assert_close(s.sigma(i)**2, 1 - torch.tensor(alphas, dtype=f64), rtol=1e-9, atol=1e-12)
+    assert s.alpha(0.) == 1 and s.sigma(0.) == 0 and s.logsnr_min == s._levels[-1]
+    assert DDPMSchedule(logsnr_min=s.logsnr_min, logsnr_max=math.inf, T=T, beta_min=beta_min, beta_max=beta_min + more).logsnr_min == s.logsnr_min
+
+
+@pytest.mark.parametrize('bad, text', [
+    (dict(T=0), 'T must be'), (dict(T=1.5), 'T must be'), (dict(T=True), 'T must be'), (dict(T='10'), 'T must be'), (dict(T=math.nan), 'T must be'), (dict(T=10**7), 'T must be'),
+    (dict(schedule='cosin'), "Did you mean 'cosine'"), (dict(schedule='cosine(-inf, inf)'), 'finite range'), (dict(schedule='ddpm'), 'levels of its own'), (dict(schedule='adaptive'), 'levels of its own'),
+    (dict(schedule='discrete(T=4)', logsnr_min=-5), 'levels of its own'), (dict(schedule='linear', logsnr_min=-12), 'linear schedule reaches'), (dict(schedule=None), 'schedule must be'),
+    (dict(logsnr_min=5, logsnr_max=-5), 'logsnr_min must be below'), (dict(logsnr_min=0, logsnr_max=1e-12, T=10**5), 'do not fall')], ids=str)
+def test_T_levels_that_cannot_be(bad, text):
+    with pytest.raises((TypeError, ValueError), match=text): DiscreteSchedule(**bad)
+
+
+@pytest.mark.parametrize('bad, text', [(dict(logsnr_min=-12), 'cannot end at -12'), (dict(logsnr_max=5), 'above the first level'), (dict(logsnr_max=math.nan), 'logsnr_max must be'), (dict(beta_min=0), 'beta_min'),
+                                       (dict(beta_max=1), 'beta_max'), (dict(beta_min=0.1, beta_max=0.01), 'beta_max'), (dict(beta_min='1'), 'beta_min'), (dict(T=0), 'T must be')], ids=str)
+def test_chains_of_ddpm_that_cannot_be(bad, text):
+    with pytest.raises((TypeError, ValueError), match=text): DDPMSchedule(**bad)
+
+
+def test_a_staircase_has_no_process_and_no_formula():
+    import sympy
+    for s in (DiscreteSchedule(), DDPMSchedule()):
+        with pytest.raises(ValueError, match='jumps from level to level'): sde(s, torch.tensor([0.5]))
+        with pytest.raises(TypeError, match='no formula'): s.logsnr(sympy.Symbol('t'))
+        assert len(repr(s)) < 130, repr(s)
+    with pytest.raises(TypeError, match='no formula'): AdaptiveSchedule().logsnr(sympy.Symbol('t'))
+
+
+# ---- the schedule that learns
+
+batches = st.lists(st.lists(st.tuples(st.floats(-3, 5), st.one_of(st.sampled_from([0., 1e-300, 1., 1e300, math.inf, math.nan]), st.floats(0, 1e6))), min_size=1, max_size=6), max_size=5)
+
+
+@few
+@given(batches, st.integers(1, 9), st.sampled_from([1, 2]), st.sampled_from([1e-6, 0.1, 1.]), st.sampled_from([0., 0.5, 0.99]))
+def test_whatever_was_seen_the_path_is_a_decreasing_bijection(batches, bins, moment, uniform, decay):
+    "zeros, overflows and nan included: the density stays at or above its uniform share, and integrates to one"
+    s = AdaptiveSchedule(-3, 5, bins=bins, moment=moment, uniform=uniform, decay=decay)
+    for batch in batches: s.observe(*torch.tensor(batch, dtype=f64).T)
+    t = torch.linspace(0, 1, 201, dtype=f64)
+    logsnr = s.logsnr(t)
+    assert logsnr.isfinite().all() and (logsnr.diff() < 0).all() and logsnr[0] == 5 and abs(logsnr[-1] + 3) < 1e-12
+    torch.testing.assert_close(s.t(logsnr), t, rtol=0, atol=1e-9)
+    middle = (s._edges[1:] + s._edges[:-1]) / 2
+    p = s.density(middle)
+    assert (p >= uniform / 8 * (1 - 1e-9)).all() and abs(p.sum().item() * 8 / bins - 1) < 1e-9
+    for dtype in (f32, f64):
+        k = s.logsnr(torch.rand(50, generator=torch.Generator().manual_seed(0)).to(dtype))
+        assert (s.dlogsnr_at(k) < 0).all() and s.dlogsnr_at(k).isfinite().all() and k.dtype == dtype
+
+
+def test_the_history_is_a_moving_average_of_the_means():
+    s = AdaptiveSchedule(0, 4, bins=4, decay=0.75, uniform=1e-6)
+    see = lambda k, v: s.observe(torch.tensor(k), torch.tensor(v))
+    see([3.5, 3.6, 0.5], [1., 3., 6.])
+    assert s._history.nan_to_num(-1).tolist() == [2., -1., -1., 6.]           # from the clean end; first seen, first believed
+    torch.testing.assert_close(s._mass, torch.tensor([2., 4., 4., 6.], dtype=f64) / 16, rtol=1e-5, atol=0)   # unseen: average
+    see([3.5], [10.])
+    assert s._history.nan_to_num(-1).tolist() == [4., -1., -1., 6.]           # 0.75 · 2 + 0.25 · 10
+    for bad in (math.nan, math.inf, -math.inf): see([3.5, 1.5], [bad, 7.])
+    assert s._history.nan_to_num(-1).tolist() == [4., -1., -1., 6.]           # a batch that is not finite teaches nothing
+    see([4., 0., 2.], [4., 6., 1.])                                            # both ends and an edge are somewhere
+    assert s._history.isnan().sum() == 1
+
+
+def test_an_adapted_schedule_still_estimates_the_integral():
+    "the mean of w L′/p over its times, against the integral of w L′: for any history, and with less variance when adapted"
+    profile = lambda k: (-(k - 2)**2).exp() + 0.1
+    k = torch.linspace(-6, 6, 20_001, dtype=f64)
+    exact, s, spread = torch.trapezoid(profile(k), k).item(), AdaptiveSchedule(-6, 6), []
+    for step in range(60):
+        logsnr = s.logsnr(sample_times(4096, torch.Generator().manual_seed(step), dtype=f64, low_discrepancy=False))
+        value = profile(logsnr) / s.density(logsnr)
+        assert abs(value.mean() - exact) < 5 * value.std() / 64
+        spread.append(value.std().item())
+        s.observe(logsnr, profile(logsnr))
+    assert spread[-1] < 0.3 * spread[0]
+
+
+def test_a_state_goes_there_and_back():
+    s, other = AdaptiveSchedule(-3, 5, bins=7), AdaptiveSchedule(-3, 5, bins=7)
+    s.observe(torch.tensor([-2., 4.]), torch.tensor([5., 1.]))
+    kept = s.state(); other.load_state(kept)
+    t = torch.linspace(0, 1, 9, dtype=f64)
+    assert torch.equal(s.logsnr(t), other.logsnr(t))
+    other.observe(torch.tensor([-2.]), torch.tensor([50.]))
+    assert not torch.equal(s.logsnr(t), other.logsnr(t)) and torch.equal(kept['history'][-1], torch.tensor(5., dtype=f64))   # a copy, not a view
+    for bad in ({}, {'history': None}, {'history': torch.zeros(6)}, {'history': [1.] * 7}):
+        with pytest.raises(ValueError, match='does not hold the history'): other.load_state(bad)
+
+
+@pytest.mark.parametrize('bad', [dict(bins=0), dict(bins=2.5), dict(decay=1), dict(decay=-0.1), dict(uniform=0), dict(uniform=1.1), dict(moment=3), dict(moment=0), dict(moment=1.5), dict(bins='9'), dict(decay=math.nan),
+                                 dict(uniform=True)], ids=str)
+def test_an_adaptive_schedule_that_cannot_be(bad):
+    (option,) = bad
+    with pytest.raises((TypeError, ValueError), match=f'^{option} must be'): AdaptiveSchedule(**bad)
+    for ends in ((-math.inf, 3.), (3., math.inf), (3., -3.)):
+        with pytest.raises(ValueError, match='finite range of logsnr'): AdaptiveSchedule(*ends)

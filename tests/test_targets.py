@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from lfdm.schedules import SCHEDULES
-from lfdm.targets import TARGETS, convert, nonzero
+from lfdm.targets import TARGETS, F, convert, nonzero
 
 torch.set_num_threads(1)
 f32, f64 = torch.float32, torch.float64
@@ -72,7 +72,7 @@ def test_the_one_identity(name, shape, seed, alpha, sigma):
 
 
 RATIOS = dict(x=lambda snr, s: snr, eps=lambda snr, s: 1., v=lambda snr, s: snr / (snr + 1), score=lambda snr, s: s**2,
-              F=lambda snr, s: 1 / (1 + 4 / snr))
+              F=lambda snr, s: 1 / (1 + 4 / snr), flow=lambda snr, s: 1 / (1 + snr**-0.5)**2)
 
 
 @pytest.mark.parametrize('name', [n for n in RATIOS if n in TARGETS])
@@ -154,3 +154,55 @@ def test_every_target_is_complete(name):
         value = y.encode(*args)
         z = args[2] * args[0] + args[3] * args[1]
         for out in (value, y.to_x(value, z, *args[2:]), y.to_eps(value, z, *args[2:]), y.eps_ratio(*args[2:])): assert isinstance(out, (kind, int))
+
+
+# ---- F and the flow
+
+@few
+@given(shapes, seeds, level, st.sampled_from(sorted(SCHEDULES)), st.floats(0.01, 100), st.floats(0.01, 100))
+def test_F_of_any_data_is_determined_by_and_determines_every_target(shape, seed, logsnr, schedule, of, other):
+    "σ_d included: F of one σ_d is not F of another"
+    x, eps, z, alpha, sigma = scene(shape, seed, [logsnr], schedule)
+    a, b = F(of), F(other)
+    y = a.encode(x, eps, alpha, sigma)
+    assert convert(y, a, F(of), z, alpha, sigma) is y
+    allowed = 1e-9 * math.exp(abs(logsnr) / 2) * max(of, 1 / of, other, 1 / other)**2
+    for target in (*TARGETS, b):
+        truth = target.encode(x, eps, alpha, sigma) if target is b else TARGETS[target]().encode(x, eps, alpha, sigma)
+        for got in (convert(y, a, target, z, alpha, sigma) - truth, convert(truth, target, a, z, alpha, sigma) - y): assert (got.abs() <= allowed * (1 + truth.abs().max())).all(), target
+
+
+@few
+@given(shapes, seeds, level, st.sampled_from(sorted(SCHEDULES)), st.floats(0.05, 20))
+def test_F_is_what_EDM_says(shape, seed, logsnr, schedule, d):
+    "D = c_skip z̃ + c_out F with z̃ = z/α and σ̃ = σ/α, Karras et al. table 1, by hand; F(1) is -v, whatever the scales"
+    x, eps, z, alpha, sigma = scene(shape, seed, [logsnr], schedule)
+    noise = sigma / alpha
+    c_skip, c_out = d**2 / (noise**2 + d**2), noise * d / (noise**2 + d**2).sqrt()
+    torch.testing.assert_close(F(d).encode(x, eps, alpha, sigma), (x - c_skip * z / alpha) / c_out, rtol=1e-6, atol=1e-6 * (1 + math.exp(logsnr / 2)) / d)
+    torch.testing.assert_close(F(1.).encode(x, eps, alpha, sigma), -TARGETS['v']().encode(x, eps, alpha, sigma), rtol=1e-9, atol=1e-12)
+
+
+def test_the_flow_is_the_velocity_of_rectified_flow():
+    "dz/dt by autograd"
+    s, t = SCHEDULES['rectified_flow'](-math.inf, math.inf), torch.tensor([0.1, 0.5, 0.9], dtype=f64, requires_grad=True)
+    x, eps = torch.randn(2, 3, generator=torch.Generator().manual_seed(0), dtype=f64)
+    velocity, = torch.autograd.grad((s.alpha(t) * x + s.sigma(t) * eps).sum(), t)
+    torch.testing.assert_close(velocity, TARGETS['flow']().encode(x, eps, None, None))
+
+
+def test_F_and_flow_at_the_ends():
+    "both are defined at every pair of scales: no ZeroDivisionError from them, and none hidden towards the score"
+    x, eps = torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(0), dtype=f64)
+    for name, (alpha, sigma) in itertools.product(('F', 'flow'), ((0., 2.), (2., 0.))):
+        y, z = TARGETS[name]().encode(x, eps, alpha, sigma), alpha * x + sigma * eps
+        for other in ('F', 'flow', 'v'):
+            # at α = 0 F is x and z is ε, at σ = 0 F is ε and z is x: together they tell everything
+            torch.testing.assert_close(convert(y, name, other, z, alpha, sigma), TARGETS[other]().encode(x, eps, alpha, sigma))
+        if sigma == 0:
+            with pytest.raises(ZeroDivisionError, match='sigma = 0'): convert(y, name, 'score', z, alpha, sigma)
+
+
+@pytest.mark.parametrize('bad', [0, -1., math.nan, math.inf, '1', True, None], ids=repr)
+def test_a_standard_deviation_of_the_data_that_is_none(bad):
+    with pytest.raises((TypeError, ValueError), match='^sigma_data must be'): F(bad)
