@@ -20,8 +20,8 @@ args ?=
 # where `make train` writes the notebook it has run
 out ?= runs/train.ipynb
 
-# The kernel `python3` is the one of .venv, whatever kernels the user has.
-unexport JUPYTER_PATH PYTHONPATH PYTHONHOME
+# The kernel `python3` is the one of .venv, whatever kernels the user has. Bytecode is kept: without it every process compiles torch anew.
+unexport JUPYTER_PATH PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 export JUPYTER_PREFER_ENV_PATH := 1
 
 help: ## list the targets
@@ -37,7 +37,7 @@ $(READY): settings.ini setup.py constraints.txt
 	@test -f $@ || "$(PYTHON)" -m venv --clear .venv
 	@rm -f $@
 	@$(PY) -m pip install --quiet --constraint constraints.txt uv
-	@$(UV) pip install --python $(PY) --constraint constraints.txt --build-constraint constraints.txt --editable ".[dev]"
+	@$(UV) pip install --python $(PY) --constraint constraints.txt --build-constraint constraints.txt --compile-bytecode --editable ".[dev]"
 	@mkdir -p .venv/etc/ipython # a kernel that serves this machine need not warn that it does not encrypt
 	@echo "c.IPKernelApp.log_level = 'ERROR'" > .venv/etc/ipython/ipython_kernel_config.py
 	@touch $@
@@ -76,9 +76,10 @@ lab: $(READY) ## open JupyterLab on the notebooks
 docs: $(READY) ## build the site into _docs (with Quarto where it is installed)
 	@$(PY) tools/docs.py
 
-export: $(READY) ## bring lfdm/ and README.md up to date with the notebooks, and clean these
+export: $(READY) ## bring lfdm/, README.md and the pages of equations up to date with the notebooks, and clean these
 	@$(PY) -c "from nbdev.doclinks import nbdev_export; nbdev_export()"
 	@$(PY) -c "from nbdev.clean import nbdev_clean; nbdev_clean()"
+	@$(PY) tools/ledger.py
 	@$(PY) tools/readme.py
 
 # Later versions of Python pull in a few packages more: each adds its own to those of 3.11.

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['unknown', 'lookup', 'from_words', 'words', 'instance', 'number', 'seeded', 'expand', 'is_symbolic', 'maths',
-           'as_number', 'prove', 'project_root']
+           'as_number', 'prove', 'check', 'refute', 'project_root']
 
 # %% ../nbs/00_core.ipynb #6326c1cb
 import ast
 import difflib
 import inspect
 import math
+import random
 from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,7 +68,7 @@ def words(choice,    # an instance from a registry, with its options as attribut
           skip=(),   # options to leave out
          ) -> str:   # 'sigmoid' or 'sigmoid(k=3)'
     "The name of a choice, with those of its options that are not at their default."
-    given = {k: getattr(choice, k) for k, p in inspect.signature(type(choice)).parameters.items() if k not in skip and getattr(choice, k) != p.default}
+    given = {k: getattr(choice, k) for k, p in inspect.signature(type(choice)).parameters.items() if k not in skip and getattr(choice, k, p.default) != p.default}
     text = ', '.join(f"{k}={v if isinstance(v, str) else f'{v:g}' if float(f'{v:g}') == v else repr(v)}" for k, v in given.items())
     return f'{choice.name}({text})' if given else choice.name
 
@@ -167,6 +168,51 @@ def prove(left,         # a sympy expression
                     lambda r: sympy.simplify(sympy.expand(sympy.radsimp(r)))):
         if attempt(residue) == 0: return print(f'proved: {source}')
     raise AssertionError(f"not proved: {source}: the two sides differ by {sympy.simplify(residue)}")
+
+# %% ../nbs/00_core.ipynb #e9933200
+def check(value,        # a float, tensor, array or sympy number
+          expected,     # what it must equal: one number, or of value's shape
+          source: str,  # the equation checked, e.g. 'thesis 3.6'
+          tolerance: float = 1e-9, # largest relative difference; where 0 is expected, relative to the largest that is
+         ) -> None:     # prints the source and the worst relative difference; raises AssertionError with the numbers, ValueError on unlike shapes
+    "Compare numbers with what they must be, or fail."
+    numbers = lambda v: torch.as_tensor(float(v) if is_symbolic(v) else v, dtype=torch.float64, device='cpu').detach()
+    value, expected = numbers(value), numbers(expected)
+    if expected.ndim and expected.shape != value.shape: raise ValueError(f"{source}: values of shape {tuple(value.shape)}, expected ones of shape {tuple(expected.shape)}.")
+    expected = expected.expand(value.shape)
+    largest = expected.abs().max() if expected.any() else torch.ones(())
+    off = torch.where(value == expected, 0., (value - expected).abs() / torch.where(expected == 0, largest, expected.abs()))
+    worst = off.nan_to_num(nan=math.inf).flatten().argmax()
+    v, e, off = (q.flatten()[worst].item() for q in (value, expected, off))
+    if not off <= tolerance: raise AssertionError(f"not so: {source}: {v:.9g} is not {e:.9g}, a relative difference of {off:.2g} (allowed {tolerance:.2g})")
+    print(f'checked: {source}: worst relative difference {off:.1g}')
+
+# %% ../nbs/00_core.ipynb #f7f292cf
+def _example(unknown, rng):
+    "A random value for a symbol, as its assumptions ask, or a smooth positive function for a function."
+    import sympy
+    if unknown.is_Symbol:
+        if unknown.is_integer: return sympy.Integer(rng.randint(1, 9))
+        return sympy.Float(rng.uniform(0.2, 2) * (-1 if unknown.is_negative else 1 if unknown.is_positive else rng.choice((-1, 1))))
+    return rng.uniform(0.2, 2) + sympy.exp(sum(rng.uniform(-1, 1) * a for a in unknown.args))
+
+def refute(left,         # a sympy expression or a number
+           right,        # what a document says it equals
+           source: str,  # what is refuted, e.g. 'thesis 3.8 as printed'
+           at: dict = None, # values for symbols whose assumptions say too little, e.g. one below 1
+          ) -> None:     # prints the source and the two values; raises AssertionError if no point tells them apart
+    "Show by one point that two sides are not equal, or fail."
+    import sympy
+    from sympy.core.function import AppliedUndef
+    left, right = sympy.sympify(left), sympy.sympify(right)
+    for seed in range(10):
+        rng, a, b = random.Random(seed), left.subs(at or {}), right.subs(at or {})
+        for kind in (lambda e: e.atoms(AppliedUndef), lambda e: e.free_symbols):
+            point = {u: _example(u, rng) for u in sorted(kind(a) | kind(b), key=str)}
+            a, b = a.subs(point).doit(), b.subs(point).doit()
+        a, b = (complex(e.evalf()) for e in (a, b))
+        if abs(a - b) > 1e-6 * max(abs(a), abs(b)): return print(f'refuted: {source}: {a.real:.4g} is not {b.real:.4g}')
+    raise AssertionError(f"not refuted: {source}: the two sides agree at ten random points")
 
 # %% ../nbs/00_core.ipynb #3b80e114
 def project_root(start=None,  # where to start looking; default: the current folder

@@ -8,10 +8,10 @@ __all__ = ['predict', 'draw', 'DiffusionLoss']
 # %% ../nbs/40_losses.ipynb #30ffd3bc
 import torch
 
-from .core import as_number, expand, instance
+from .core import as_number, expand, instance, words
 from .schedules import SCHEDULES, Level, Schedule, network_time, sample_times
 from .targets import TARGETS, Target
-from .weightings import WEIGHTINGS, LogSNRWeighting, Weighting
+from .weightings import WEIGHTINGS, Implied, LogSNRWeighting, Weighting
 
 # %% ../nbs/40_losses.ipynb #b26fe2d8
 def _described(a): return f"{a.dtype} of shape {tuple(a.shape)} on {a.device}" if torch.is_tensor(a) else f"{type(a).__name__} {a!r:.60}"
@@ -116,6 +116,12 @@ class DiffusionLoss:
              ) -> torch.Tensor:    # (n,): factor · mean over dimensions of (y - ŷ)²
         "The weighted squared error of a prediction."
         return self.weighting.factor(level.logsnr, self.schedule, self.target) * (y - y_hat.to(y.dtype)).square().flatten(1).mean(1)
+
+    def beside(self, weighting):
+        "The loss of another weighting at the same target and schedule. A factor is bound to the cosine schedule if this one moves."
+        w = instance(WEIGHTINGS, weighting, 'weighting', Weighting)
+        if self.schedule.learned and not isinstance(w, LogSNRWeighting): w = Implied('cosine', words(self.target), words(w))
+        return DiffusionLoss(self.schedule, self.target, w)
 
     def observe(self, level, value):
         "Let an adaptive schedule learn from the loss of a batch, value = w L′/p of each example. Other schedules do not listen."

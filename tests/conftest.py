@@ -1,7 +1,39 @@
-"Begins what takes long before the first test, on a core that most tests leave idle."
+"Notebooks run beside the other tests; see beside.py."
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # before torch is imported: threads that compete for a core slow all of them down
+
+import pytest  # noqa: E402
+
+from beside import Beside  # noqa: E402
+
+
+def waits(item): return "outcomes" in getattr(item, "fixturenames", ())
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=waits)   # what waits comes last
 
 
 def pytest_collection_finish(session):
-    modules = {item.module for item in session.items if "outcomes" in getattr(item, "fixturenames", ())}
-    if not session.config.option.collectonly:
-        for module in modules: module.begun()
+    modules = dict.fromkeys(item.module for item in session.items if waits(item))
+    if modules and not session.config.option.collectonly:
+        session.config.beside = Beside([job for module in modules for job in module.jobs()])
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "beside"): config.beside.close()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not getattr(config, "seconds", None): return
+    terminalreporter.section("CPU seconds of the notebooks")
+    for name, seconds in sorted(config.seconds.items(), key=lambda item: -item[1]): terminalreporter.write_line(f"{seconds:7.1f} {name}")
+
+
+@pytest.fixture(scope="session")
+def outcomes(request):
+    "What came of every notebook that ran beside the tests."
+    found = request.config.beside.outcomes()
+    request.config.seconds = {name: outcome["seconds"] for name, outcome in found.items()}
+    return found

@@ -1,36 +1,49 @@
-"Every notebook runs from top to bottom: one run of nbdev_test, one test for each notebook."
-import os
-import re
-import subprocess
-import sys
+"Every notebook runs from top to bottom, as nbdev_test runs it, but each in a process of its own."
+import json
+import tempfile
+from pathlib import Path
 
 import pytest
 
-from tree import ROOT, name, notebooks
+from beside import job
+from tree import ROOT, cells, name, notebooks
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-WORKERS = min(CORES, 4)
-# what the command `nbdev_test` calls
-NBDEV_TEST = f"from nbdev.test import nbdev_test; nbdev_test(n_workers={WORKERS}, do_print=True, timing=True)"
-
-
-@pytest.fixture(scope="module")
-def failed(request):
-    "The names of the notebooks that failed. What nbdev_test says is shown while it runs, it may take minutes."
-    # side by side, each notebook has its share of the cores: threads that compete slow all of them down
-    env = os.environ | {"OMP_NUM_THREADS": str(max(1, CORES // WORKERS)), "MPLBACKEND": "agg", "PYTHONUNBUFFERED": "1"}
-    said = []
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print("\nnbdev_test")
-        with subprocess.Popen([sys.executable, "-c", NBDEV_TEST], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-            for line in process.stdout:
-                said.append(line)
-                if not line.startswith("Starting"): print(line.replace(f"{ROOT}/", ""), end="", flush=True)
-    found = set(re.findall(r"^\t(\S+\.ipynb)$", "".join(said), re.M))
-    assert process.returncode == 0 or found, "nbdev_test did not come to its end: see above"
-    return found
+# 100 epochs and 512 steps are of no use here: what they lead to is a study's business
+SHORT = {ROOT / "nbs/train.ipynb": dict(epochs=3, sample_steps=64)}
 
 
-@pytest.mark.parametrize("notebook", notebooks(), ids=name)
-def test_notebook_runs(notebook, failed):
-    assert notebook.name not in failed, "its traceback stands above, in what nbdev_test says"
+def shown(path):
+    "Is a notebook for reading alone? The studies are, to nbdev_test: test_studies.py runs them."
+    return any("skip_exec: true" in source for kind in ("raw", "markdown") for source, _ in cells(path, kind))
+
+
+RUN = [path for path in notebooks() if not shown(path)]
+
+
+def broken():
+    "A notebook that fails in its second cell."
+    code = lambda source: dict(cell_type="code", id=source[0], metadata={}, execution_count=None, outputs=[], source=source)
+    path = Path(tempfile.mkdtemp()) / "broken.ipynb"
+    kernel = dict(name="python3", display_name="python3", language="python")
+    path.write_text(json.dumps(dict(cells=[code("a = 0"), code("b = 1 / a"), code("raise KeyError('never')")], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)))
+    return path
+
+
+def jobs():
+    path = broken()
+    return [job(name(path), path, SHORT.get(path, {}), cwd=path.parent) for path in RUN] + [job("broken", path), job("broken with parameters", path, dict(scale="smoke"))]
+
+
+@pytest.mark.parametrize("notebook", RUN, ids=name)
+def test_notebook_runs(notebook, outcomes):
+    outcome = outcomes[name(notebook)]
+    assert outcome["status"] == 0, outcome["said"][-3000:]
+
+
+@pytest.mark.parametrize("how", ["broken", "broken with parameters"])
+def test_a_notebook_that_fails_is_told(how, outcomes):
+    assert outcomes[how]["status"] == 1 and "ZeroDivisionError" in outcomes[how]["said"] and "never" not in outcomes[how]["said"]
+
+
+def test_every_notebook_is_run_here_or_as_a_study():
+    assert {path.parent.name for path in notebooks() if path not in RUN} == {"experiments"}

@@ -209,12 +209,12 @@ def test_a_run_refuses_bad_sampling(whole, choice):
 def test_every_field_is_in_the_record(whole):
     record = json.loads((whole.folder / 'params.json').read_text())
     assert set(record['parameters']) == {f.name for f in dataclasses.fields(Parameters)}
-    assert None not in record['parameters'].values() and {'python', 'torch', 'numpy', 'commit', 'seconds'} <= set(record['environment'])
+    assert all(v is not None or k in ('ema', 'clip') for k, v in record['parameters'].items()) and {'python', 'torch', 'numpy', 'commit', 'seconds'} <= set(record['environment'])
     for line in (whole.folder / 'metrics.jsonl').read_text().splitlines(): assert 'NaN' not in line and json.loads(line)
 
 
 @pytest.mark.parametrize('name, other', dict(target='v', weighting='nelbo', schedule='linear', logsnr_min=-9, logsnr_max=9, epochs=4, batch_size=99, width=7,
-                                             lr=2e-3, seed=1, sampler='ddim', sample_steps=6, n_samples=51, dataset='ring').items())
+                                             lr=2e-3, seed=1, sampler='ddim', sample_steps=6, n_samples=51, dataset='ring', ema=.99, clip=1, warmup=10).items())
 def test_every_parameter_has_its_own_folder(name, other, monkeypatch):
     here = folder_of(small())
     assert folder_of(small(**{name: other})) != here and folder_of(small()) == here
@@ -225,6 +225,75 @@ def test_every_parameter_has_its_own_folder(name, other, monkeypatch):
 @pytest.mark.parametrize('one, other', [({'epochs': 3}, {'epochs': 3.}), ({'lr': 1}, {'lr': 1.}), ({}, {'logsnr_min': -12.9}), ({'logsnr_min': 0}, {'logsnr_min': -0.}),
                                         ({'seed': 0}, {'seed': -0.}), ({'batch_size': 100}, {'batch_size': 1e2}), ({'logsnr_max': None}, {'logsnr_max': 12.9})])
 def test_equal_parameters_have_one_folder(one, other): assert small(**one) == small(**other) and folder_of(small(**one)) == folder_of(small(**other))
+
+
+# ---- parameters added later
+
+def test_what_was_run_before_a_parameter_was_added_keeps_its_name():
+    "names as they were before ema, clip and warmup"
+    if RESULTS_VERSION != 2: pytest.skip('the names of results version 2')
+    assert Parameters().slug() == 'ring-eps-weighted-cosine-s0-e02f69e6'
+    assert Parameters(target='v', seed=3, lr=.01, schedule='linear', ema=None, warmup=0.).slug() == 'ring-v-weighted-linear-s3-9796387b'
+    names = {small(**o).slug() for o in ({}, dict(ema=.9), dict(ema=.99), dict(clip=1), dict(clip=2), dict(warmup=1), dict(warmup=1, ema=.9))}
+    assert len(names) == 7
+
+
+def test_a_record_from_before_a_parameter_was_added_is_found(tmp_path, whole, monkeypatch):
+    folder = tmp_path / 'train' / whole.folder.name
+    shutil.copytree(whole.folder, folder)
+    record = json.loads((folder / 'params.json').read_text())
+    for k in Parameters.ADDED: del record['parameters'][k]
+    (folder / 'params.json').write_text(json.dumps(record))
+    monkeypatch.setattr(runs, '_train_into', None)
+    run = make_run(small(), root=tmp_path)
+    assert run.parameters == small() and (run.parameters.ema, run.parameters.clip, run.parameters.warmup) == (None, None, 0)
+    del record['parameters']['width']   # was always there
+    (folder / 'params.json').write_text(json.dumps(record))
+    with pytest.raises(ValueError, match='parameters missing: width'): load_run(folder)
+
+
+# ---- the options of a step
+
+OPTIONS = dict(ema=.8, clip=.3, warmup=6)   # four steps an epoch: the first checkpoint is in the middle of the warm-up
+
+
+@pytest.fixture(scope='module')
+def optional(tmp_path_factory):
+    "A run with all options that was never disturbed."
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(DATASETS, 'tiny', Tiny)
+        return make_run(small(**OPTIONS), root=tmp_path_factory.mktemp('optional'))
+
+
+@pytest.mark.parametrize('death', [('train', 1), ('train', 2), ('train', 3), ('sample', 3)], ids=str)
+def test_killed_with_all_options_and_resumed_is_bit_identical(death, tmp_path, optional):
+    def progress(*a):
+        if a[:2] == death: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): make_run(small(**OPTIONS), root=tmp_path, progress=progress)
+    assert content(make_run(small(**OPTIONS), root=tmp_path).folder) == content(optional.folder)
+
+
+def test_what_is_kept_judged_and_sampled_is_the_average(optional, whole):
+    p = optional.parameters
+    assert runs._validation(p)(optional.net)['loss'] == optional.metrics[-1]['loss'] != whole.metrics[-1]['loss']
+    assert torch.equal(optional.sample(50, seed=0), optional.samples)
+    loss, x = p.loss(), Tiny().train(0)
+    state = runs.TrainState(runs._new_network(p), p.lr, p.seed, **OPTIONS)
+    for state in runs.train(state, loss, x, p.epochs, p.batch_size): pass
+    for a, b, c in zip(optional.net.parameters(), state.average.parameters(), state.net.parameters(), strict=True): assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_a_checkpoint_of_other_options_is_not_gone_on_with(tmp_path):
+    "the folders differ, so it takes a moved file"
+    p = small(**OPTIONS)
+    work = folder_of(p, root=tmp_path).with_name(f'.{p.slug()}.partial'); work.mkdir(parents=True)
+    runs.TrainState(runs._new_network(small())).save(work / 'checkpoint.safetensors')
+    with pytest.raises(ValueError, match='it was made with ema None, not 0.8; clip None, not 0.3; warmup 0, not 6'): make_run(p, root=tmp_path)
+
+
+@pytest.mark.parametrize('name, value', [('ema', 0), ('ema', 1), ('ema', '0.9'), ('ema', math.nan), ('clip', 0), ('clip', math.inf), ('clip', True), ('warmup', -1), ('warmup', None), ('warmup', .5)])
+def test_wrong_options(name, value):
+    with pytest.raises((ValueError, TypeError), match=f'^{name} must'): Parameters(**{name: value})
 
 
 # ---- damaged records

@@ -7,13 +7,13 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lfdm.data import DATASETS
+from lfdm.data import DATASETS, GaussianMixture
 from lfdm.losses import DiffusionLoss
 from lfdm.networks import MLP, StackedMLP
 from lfdm.runs import Parameters, folder_of, grid, make_grid, make_run
-from lfdm.schedules import SCHEDULES
+from lfdm.schedules import SCHEDULES, CosineSchedule
 from lfdm.targets import TARGETS
-from lfdm.training import TrainState, ValidationSet, train, train_stack
+from lfdm.training import TrainState, ValidationSet, clip_gradients, train, train_stack
 from lfdm.weightings import WEIGHTINGS
 
 RING = DATASETS["ring"]()
@@ -26,9 +26,9 @@ def net(m, width=8):
         return MLP(width=width)
 
 
-def stack_of(losses, epochs=1, data=None, batch_size=100, validations=None, lr=1e-3):
+def stack_of(losses, epochs=1, data=None, batch_size=100, validations=None, lr=1e-3, **options):
     seeds = list(range(len(losses)))
-    state = TrainState(StackedMLP([net(m) for m in seeds]), lr, seeds)
+    state = TrainState(StackedMLP([net(m) for m in seeds]), lr, seeds, **options)
     data = data or [RING.sample(300, seed=m) for m in seeds]
     for state in train_stack(state, losses, data, epochs, batch_size, validations): pass
     return state
@@ -104,6 +104,115 @@ def test_a_stack_that_does_not_fit_together(bad, says):
     with pytest.raises(ValueError, match=says): next(train_stack(TrainState(StackedMLP([net(0), net(1)]), seed=[0, 1]), **given))
 
 
+# ---- the options of a step
+
+ALL = dict(ema=.9, clip=.05, warmup=5)   # three steps an epoch: the warm-up ends in the second
+
+
+@settings(max_examples=6, deadline=None, derandomize=True, database=None)
+@given(st.lists(TRIPLES, min_size=2, max_size=4))
+def test_with_all_options_a_stack_gives_what_each_gives_alone(triples):
+    losses = [DiffusionLoss(*triple) for triple in triples]
+    together = stack_of(losses, batch_size=128, **ALL)
+    for m, loss in enumerate(losses):
+        alone = TrainState(net(m), seed=m, **ALL)
+        for _ in train(alone, loss, RING.sample(300, seed=m), 1, 128): pass
+        for a, b in zip(alone.net.parameters(), together.net.network(m).parameters()): assert (a - b).abs().max() < 1e-3
+        for a, b in zip(alone.result.parameters(), together.result.network(m).parameters()): assert (a - b).abs().max() < 1e-3
+    assert together.steps == alone.steps == 3 and together.optimizer.param_groups[0]["lr"] == alone.optimizer.param_groups[0]["lr"] == pytest.approx(6e-4)
+
+
+@pytest.mark.parametrize("clip", [1e-3, .3, 1e6])
+def test_each_network_of_a_stack_is_clipped_by_its_own_norm(clip):
+    "gradients of very different lengths, some of them below the limit and one of them zero"
+    scales, nets = [0., .1, 1., 100.], [net(m) for m in range(4)]
+    stack, z, u = StackedMLP(nets), torch.randn(4, 50, 2), torch.rand(4, 50)
+    (torch.tensor(scales) * stack(z, u).square().mean((1, 2))).sum().backward()
+    before = [p.grad.clone() for p in stack.parameters()]
+    norms = clip_gradients(stack, clip)
+    for m, alone in enumerate(nets):
+        (scales[m] * alone(z[m], u[m]).square().mean()).backward()
+        torch.testing.assert_close(norms[m], clip_gradients(alone, clip), rtol=1e-5, atol=1e-9)
+        linears = [layer for layer in alone.layers if isinstance(layer, torch.nn.Linear)]
+        for layer, w, b in zip(linears, stack.weights, stack.biases, strict=True):
+            for mine, theirs in ((w.grad[m].T, layer.weight.grad), (b.grad[m, 0], layer.bias.grad)): torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+        after = torch.cat([p.grad[m].flatten() for p in stack.parameters()])
+        assert after.norm() <= clip * (1 + 1e-5)
+        if norms[m] < clip: assert all(torch.equal(p.grad[m], g[m]) for p, g in zip(stack.parameters(), before))
+
+
+def test_clipping_keeps_a_network_from_its_neighbours():
+    "one with a gradient of nan does not stop the others, nor does a long one shorten theirs"
+    data = [RING.sample(300, seed=m) for m in range(3)]
+    well = stack_of([DiffusionLoss()] * 3, 2, data, **ALL)
+    for worse in (1e30, 1e3):
+        ill = stack_of([DiffusionLoss()] * 3, 2, [data[0], data[1] * worse, data[2]], **ALL)
+        assert ("diverged" in ill.history[-1][1]) == (worse == 1e30)
+        for m in (0, 2):
+            assert ill.history[-1][m] == well.history[-1][m]
+            for a, b in zip(ill.result.network(m).parameters(), well.result.network(m).parameters()): assert torch.equal(a, b)
+
+
+class Learning(CosineSchedule):
+    "A schedule that counts the examples it was asked for."
+    def __init__(self): super().__init__(); self._seen = torch.zeros(1)
+    def level(self, t): self._seen = self._seen + len(t); return super().level(t)
+    def state(self): return {"seen": self._seen}
+    def load_state(self, tensors): self._seen = tensors["seen"]
+
+
+def test_a_stack_with_all_options_resumes_bit_identically(tmp_path):
+    "in the middle of the warm-up, with schedules that learn beside one that does not"
+    data = [RING.sample(300, seed=m) for m in range(3)]
+    def fresh(shift=0):
+        losses = [DiffusionLoss(Learning()), DiffusionLoss("cosine", "v"), DiffusionLoss(Learning())]
+        validations = [ValidationSet(loss, RING.sample(100), denoise=RING.denoise) for loss in losses]
+        state = TrainState(StackedMLP([net(m + shift) for m in range(3)]), seed=[m + shift for m in range(3)], schedules=[loss.schedule for loss in losses], **ALL)
+        return state, train_stack(state, losses, data, 4, 100, validations)
+    whole, run = fresh()
+    for _ in run: pass
+    state, run = fresh()
+    next(run).save(tmp_path / "checkpoint")
+    other, run = fresh(7)
+    other.load(tmp_path / "checkpoint")
+    assert other.steps == 3 and other.learning[0]._seen == other.learning[2]._seen == 3 * 100 + 100
+    for _ in run: pass
+    assert other.history == whole.history and other.steps == whole.steps == 12
+    for a, b in zip((*other.net.parameters(), *other.average.parameters()), (*whole.net.parameters(), *whole.average.parameters()), strict=True): assert torch.equal(a, b)
+    for m in (0, 2): assert other.learning[m]._seen == whole.learning[m]._seen == 4 * 300 + 100
+
+
+def test_validation_of_a_stack_sees_the_averages():
+    losses = [DiffusionLoss("cosine", y) for y in ("x", "v")]
+    validations = [ValidationSet(loss, RING.sample(100)) for loss in losses]
+    state = stack_of(losses, 2, validations=validations, lr=.05, ema=.9)
+    for m, (v, report) in enumerate(zip(validations, state.history[-1])):
+        assert report["loss"] == v(state.average.alone(m))["loss"] != v(state.net.alone(m))["loss"]
+
+
+def test_when_one_schedule_refuses_what_it_learned_none_takes_it(tmp_path):
+    class Fussy(Learning):
+        def load_state(self, tensors):
+            super().load_state(tensors)
+            if self._seen > 100: raise ValueError("too much seen")
+    def fresh(): return TrainState(StackedMLP([net(0), net(1)]), seed=[0, 1], schedules=[Learning(), Fussy()])
+    state = fresh()
+    for s in state.learning.values(): s._seen += 200
+    state.save(tmp_path / "checkpoint")
+    other = fresh()
+    with pytest.raises(ValueError, match="too much seen"): other.load(tmp_path / "checkpoint")
+    assert [s._seen.item() for s in other.learning.values()] == [0, 0]
+
+
+def test_schedules_that_learn_are_never_shared_between_networks():
+    losses = [DiffusionLoss(Learning()) for _ in range(3)]
+    stack_of(losses, schedules=[loss.schedule for loss in losses])
+    assert [loss.schedule._seen.item() for loss in losses] == [300] * 3   # grouped by what they look like, the first would have seen all
+    with pytest.raises(ValueError, match="cannot share a schedule that learns"): stack_of([losses[0]] * 2, schedules=[losses[0].schedule] * 2)
+    with pytest.raises(ValueError, match="does not know it"): stack_of(losses)
+    with pytest.raises(ValueError, match="does not know it"): stack_of(losses, schedules=[loss.schedule for loss in losses[::-1]])
+
+
 def test_a_grid_is_the_product_of_its_axes():
     made = grid(dataset=["ring", "waves"], target=("x", "v"), seed=[0, 1, 2], **SMALL)
     assert len(made) == len(set(made)) == 12 and all(isinstance(p, Parameters) for p in made)
@@ -127,7 +236,7 @@ def die(phase, done):
 
 @pytest.fixture(scope="module")
 def never_killed(tmp_path_factory):
-    return make_grid(grid(target=["x", "eps", "v"], **SMALL), root=tmp_path_factory.mktemp("grid"), stack=2)[0]
+    return make_grid(grid(dataset="cluster", target=["x", "eps", "v"], **SMALL), root=tmp_path_factory.mktemp("grid"), stack=2)[0]
 
 
 @pytest.mark.parametrize("death", [("train", 0), ("train", 1), ("train", 2), ("sample", 2), ("sample", 4), ("stack", 1)], ids=str)
@@ -184,7 +293,26 @@ def test_a_diverging_run_of_a_grid_is_named_and_the_others_are_whole(tmp_path, m
     assert [(p.dataset, epoch) for p, epoch in diverged.items()] == [("huge", 1)]
 
 
+class Tiny(GaussianMixture):
+    n_train = n_test = 300
+    def __init__(self): super().__init__([[0., 0.], [2., 1.]], [.5, .8])
+
+
+def test_a_grid_over_the_options_stacks_what_is_alike(tmp_path, monkeypatch):
+    "and each network's result is that of the run alone: the average of its weights"
+    monkeypatch.setitem(DATASETS, "tiny", Tiny)
+    tiny = SMALL | dict(dataset="tiny", target=["x", "v"], batch_size=100)
+    asked = grid(ema=[None, .8], **tiny) + grid(**tiny, clip=.3, warmup=4)
+    runs, diverged = make_grid(asked, root=tmp_path / "grid")
+    assert not diverged and [r.environment["stacked"] for r in runs.values()] == [2] * 6
+    for p in asked:
+        alone = make_run(p, root=tmp_path / "alone")
+        for a, b in zip(alone.net.parameters(), runs[p].net.parameters(), strict=True): assert (a - b).abs().max() < 1e-3
+        assert runs[p].metrics[-1]["loss"] == pytest.approx(alone.metrics[-1]["loss"], rel=1e-3)
+    assert len({runs[p].metrics[-1]["loss"] for p in asked}) == 6
+
+
 def test_equal_parameters_are_made_once(tmp_path):
-    p = Parameters(**SMALL)
+    p = Parameters(dataset="cluster", **SMALL)
     runs, _ = make_grid([p, p], root=tmp_path)
     assert list(runs) == [p] and len([f for f in (tmp_path / "train").iterdir()]) == 1

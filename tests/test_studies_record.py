@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lfdm.data import DATASETS
-from lfdm.runs import grid, make_grid
-from lfdm.studies import Record, condense, kept, kept_all, load_record, measured, outside, packed, place, suffixed, write_whole
+from lfdm.runs import Parameters, grid, make_grid
+from lfdm.studies import Record, condense, kept, kept_all, load_record, make_record, measured, outside, packed, place, suffixed, write_whole
 
 SMALL = dict(dataset="cluster", epochs=2, width=8, batch_size=10_000, sample_steps=4, n_samples=50)
 MEASURED = dict(steps=[2], epochs=[1, 2], times=[0.5], points=20, arrows=2, logsnr=[3.])
@@ -94,6 +94,17 @@ def test_a_half_written_record_is_not_taken_for_one(record, monkeypatch):
     with pytest.raises(OSError, match="disk full"): other.save("study", "smoke")
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(ValueError, match="do not belong together"): load_record("study", "smoke")
+
+
+def test_a_record_from_before_a_parameter_was_added_is_of_its_default(record, runs):
+    "it is not taken for a study of other parameters, and one of other parameters is still refused"
+    old = [{k: v for k, v in row.items() if k not in Parameters.ADDED} for row in record.rows]
+    Record(record.settings, old, record.arrays).save("old", "smoke")
+    asked = grid(target=["x", "v"], seed=[1, 0], **SMALL)
+    with pytest.raises(ValueError, match=r"exists with other parameters: ema \[None\], not \[0.5, None\]; warmup \[0\], not \[0, 3\]\. Choose"):
+        make_record("old", asked[1:] + grid(target="x", ema=.5, warmup=3, **SMALL), MEASURED, "smoke")
+    make_record("old", asked, MEASURED, "smoke")
+    assert all({"ema", "clip", "warmup"} <= set(row) for row in load_record("old", "smoke").rows)
 
 
 def test_measurements_are_made_once_and_again_if_damaged(record, runs):

@@ -13,8 +13,8 @@ from lfdm.data import GaussianMixture
 from lfdm.evaluation import floor
 from lfdm.losses import DiffusionLoss
 from lfdm.networks import MLP
-from lfdm.schedules import SCHEDULES, network_logsnr
-from lfdm.training import TrainState, ValidationSet, train
+from lfdm.schedules import SCHEDULES, CosineSchedule, network_logsnr
+from lfdm.training import TrainState, ValidationSet, clip_gradients, ema_decay, train, training_options, warmed_up
 
 torch.set_num_threads(1)
 DATA = GaussianMixture([[0., 0.], [2., 1.], [-1., 3.]], [.3, .6, .9], [.2, .5, .3])
@@ -22,10 +22,10 @@ X = DATA.sample(101)
 LOSS = DiffusionLoss('cosine', 'eps', 'weighted')
 
 
-def new_state(seed=0, width=8, lr=1e-3):
+def new_state(seed=0, width=8, lr=1e-3, **options):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return TrainState(MLP(2, width), lr, seed)
+        return TrainState(MLP(2, width), lr, seed, **options)
 
 
 def last(state, epochs=1, batch_size=20, x=X, loss=LOSS, validation=None):
@@ -36,7 +36,8 @@ def last(state, epochs=1, batch_size=20, x=X, loss=LOSS, validation=None):
 def everything(state):
     "All that a state is made of, as text."
     tensors = lambda d: {k: tensors(v) if isinstance(v, dict) else v.tolist() if torch.is_tensor(v) else v for k, v in sorted(d.items(), key=str)}
-    return repr((tensors(state.net.state_dict()), tensors(state.optimizer.state_dict()), [g.get_state().tolist() for g in state.generators], state.epoch, state.history))
+    return repr((tensors(state.net.state_dict()), tensors(state.optimizer.state_dict()), [g.get_state().tolist() for g in state.generators], state.epoch, state.history,
+                 state.steps, tensors(state.result.state_dict()), {m: tensors(s.state()) for m, s in state.learning.items()}))
 
 
 # ---- batches
@@ -127,7 +128,9 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-def without(path, gone=(), new={}, meta={'epoch': '2', 'history': '[]'}):
+META = {'epoch': '2', 'history': '[]'}
+
+def without(path, gone=(), new={}, meta=META):
     tensors = {k: v for k, v in load_file(path).items() if not k.startswith(gone or ('no such',))} | new
     save_file(tensors, path, meta)
 
@@ -157,6 +160,14 @@ DAMAGE = {
     'moments of one weight gone': lambda p: without(p, 'optimizer.3.'),
     'one moment gone': lambda p: without(p, 'optimizer.3.exp_avg_sq'),
     'moments of another shape': lambda p: without(p, new={'optimizer.3.exp_avg': torch.zeros(3)}),
+    'infinitely many steps': lambda p: without(p, new={'optimizer.0.step': torch.tensor(math.inf)}),
+    'an average not asked for': lambda p: without(p, new={'ema.layers.0.bias': torch.zeros(8)}),
+    'what a schedule learned, not asked for': lambda p: without(p, new={'schedule.0.seen': torch.zeros(4)}),
+    'made with an average': lambda p: without(p, meta=META | {'options': '{"ema": 0.9}'}),
+    'unknown options': lambda p: without(p, meta=META | {'options': '{"momentum": 0.9}'}),
+    'options that cannot be': lambda p: without(p, meta=META | {'options': '{"ema": 2}'}),
+    'options are no json': lambda p: without(p, meta=META | {'options': '{'}),
+    'options are no dict': lambda p: without(p, meta=META | {'options': '[1]'}),
 }
 
 @pytest.mark.parametrize('damage', DAMAGE)
@@ -218,6 +229,203 @@ def test_a_leftover_draft_does_no_harm(tmp_path):
     new_state().save(tmp_path / 'c')
     new_state(3).load(tmp_path / 'c')
     assert os.listdir(tmp_path) == ['c']
+
+
+# ---- the options of a step
+
+ALL = dict(ema=.9, clip=.2, warmup=15)   # six steps an epoch: the warm-up ends in the third
+
+
+def by_hand(epochs, lr=1e-3):
+    "Adam without any option, in the plainest words."
+    state = new_state(); net, g = state.net, state.generators[0]
+    optimizer, losses = torch.optim.Adam(net.parameters(), lr, fused=True), []
+    for _ in range(epochs):
+        total = torch.zeros(())
+        for batch in torch.randperm(len(X), generator=g).split(20):
+            value = LOSS(net, X[batch], generator=g).mean()
+            optimizer.zero_grad(); value.backward(); optimizer.step()
+            total += value.detach() * len(batch)
+        losses.append(total.item() / len(X))
+    return net, losses
+
+
+@pytest.mark.parametrize('options', [{}, dict(ema=None, clip=None, warmup=0), dict(ema=.99), dict(clip=1e9), dict(warmup=1)], ids=str)
+def test_options_that_are_off_or_have_nothing_to_do_leave_training_as_it_was(options):
+    "bit for bit; the average watches"
+    (net, losses), state = by_hand(3), last(new_state(**options), 3)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), state.net.parameters(), strict=True))
+    assert [h['train_loss'] for h in state.history] == losses and state.steps == 18
+    assert (state.result is state.net) == (options.get('ema') is None)
+
+
+def each_step(state, steps):
+    "The weights and the gradients used, after each of some steps."
+    for i in range(steps):
+        state.descend(LOSS(state.net, X[20 * i:20 * i + 20], generator=state.generators[0]).mean())
+        yield [p.detach().clone() for p in state.net.parameters()], [p.grad.clone() for p in state.net.parameters()], state.optimizer.param_groups[0]['lr']
+
+
+@pytest.mark.parametrize('ema', [.05, .3, .9999])
+def test_the_average_by_hand(ema):
+    state = new_state(ema=ema, lr=.1)
+    average = [p.detach().double().clone() for p in state.net.parameters()]
+    for n, (weights, _, _) in enumerate(each_step(state, 5)):
+        d = min(ema, (1 + n) / (10 + n))
+        average = [d * a + (1 - d) * w for a, w in zip(average, weights)]
+        for a, b in zip(average, state.average.parameters(), strict=True): torch.testing.assert_close(a.float(), b, rtol=1e-5, atol=1e-6)
+        assert all(torch.equal(a, b) for a, b in zip(weights, state.net.parameters()))
+    assert not any(torch.equal(a, b) for a, b in zip(state.average.parameters(), state.net.parameters()))
+    assert not any(p.requires_grad for p in state.average.parameters()) and state.result is state.average
+
+
+def test_the_decay_rises_to_its_value_and_stays():
+    decays = [ema_decay(.99, n) for n in range(2000)]
+    assert decays[0] == .1 and decays == sorted(decays) and decays[890:892] == [.99, .99] and decays[889] < .99
+    assert ema_decay(.05, 0) == .05
+
+
+def test_an_average_of_what_is_no_weight():
+    "a buffer, as of batch normalization, is taken as it is"
+    class Counting(MLP):
+        def __init__(self): super().__init__(2, 4); self.register_buffer('seen', torch.zeros(()))
+        def forward(self, z, u): self.seen += 1; return super().forward(z, u)
+    state = last(TrainState(Counting(), ema=.9), 1)
+    assert state.net.seen == state.average.seen == 6
+
+
+def test_validation_sees_the_average():
+    v = ValidationSet(LOSS, X, 5, denoise=DATA.denoise)
+    state = last(new_state(ema=.9, lr=.05), 2, validation=v)
+    same = lambda report: all(state.history[-1][k] == x for k, x in report.items())
+    assert same(v(state.result)) and not same(v(state.net)) and state.history[0].items() > v(new_state().net).items()
+    assert [h['train_loss'] for h in state.history[1:]] == [h['train_loss'] for h in last(new_state(lr=.05), 2).history]   # of the weights as they move
+
+
+@pytest.mark.parametrize('clip', [1e-3, .05, 1e6])
+def test_a_clipped_gradient_is_no_longer_and_points_where_it_did(clip):
+    state = new_state()
+    LOSS(state.net, X, generator=state.generators[0]).mean().backward()
+    before = torch.cat([p.grad.flatten() for p in state.net.parameters()])
+    norm = clip_gradients(state.net, clip)
+    after = torch.cat([p.grad.flatten() for p in state.net.parameters()])
+    assert norm == pytest.approx(before.norm().item(), rel=1e-5) and after.norm() <= clip * (1 + 1e-5)
+    torch.testing.assert_close(after / after.norm(), before / before.norm(), rtol=1e-4, atol=1e-7)
+    if clip > 1: assert torch.equal(before, after)
+
+
+def test_training_uses_the_clipped_gradient():
+    free, clipped = (list(each_step(new_state(clip=c), 4)) for c in (None, .01))
+    assert all(torch.cat([g.flatten() for g in gradients]).norm() > .02 for _, gradients, _ in free)
+    assert all(torch.cat([g.flatten() for g in gradients]).norm() <= .01 * (1 + 1e-5) for _, gradients, _ in clipped)
+    assert not torch.equal(free[-1][0][0], clipped[-1][0][0])
+
+
+def test_the_learning_rate_by_step():
+    assert [lr for _, _, lr in each_step(new_state(lr=.1, warmup=4), 5)] == pytest.approx([.025, .05, .075, .1, .1])
+    assert [lr for _, _, lr in each_step(new_state(lr=.1), 2)] == [.1, .1]
+    assert [warmed_up(n, 2) for n in range(4)] == [.5, 1, 1, 1] and warmed_up(0, 0) == warmed_up(0, 1) == 1
+
+
+WRONG = {'ema': [0, 1, 0., 1., -.5, 1.5, math.nan, math.inf, True, '0.9', [.9], 10**400], 'clip': [0, -1, math.nan, math.inf, True, '1', [1]],
+         'warmup': [-1, .5, math.nan, math.inf, True, '5', None, [5]]}
+
+@pytest.mark.parametrize('name, value', [(k, v) for k, values in WRONG.items() for v in values], ids=lambda v: str(v)[:12])
+def test_bad_options(name, value):
+    for make in (training_options, lambda **kw: TrainState(MLP(2, 4), **kw)):
+        with pytest.raises((ValueError, TypeError), match=f'^{name} must'): make(**{name: value})
+
+
+def test_resumed_with_all_options_is_bit_identical(tmp_path):
+    "the warm-up ends between the second checkpoint and the third"
+    validation = ValidationSet(LOSS, X, bins=5, denoise=DATA.denoise)
+    whole = new_state(**ALL)
+    for state in train(whole, LOSS, X, 4, 20, validation): state.save(tmp_path / f'{state.epoch}')
+    expected = everything(whole)
+    for epoch in (1, 2, 3, 4):
+        other = new_state(seed=77, **ALL)
+        other.load(tmp_path / f'{epoch}')
+        assert other.steps == 6 * epoch and other.average is not other.net
+        assert everything(last(other, 4, 20, validation=validation)) == expected
+    new_state(**ALL).save(tmp_path / '0')
+    other = new_state(seed=77, **ALL); other.load(tmp_path / '0')
+    assert other.steps == 0 and everything(last(other, 4, 20, validation=validation)) == expected
+
+
+def test_a_checkpoint_from_before_the_options_is_one_without(checkpoint, tmp_path):
+    (tmp_path / 'old').write_bytes(checkpoint.read_bytes())
+    without(tmp_path / 'old')
+    state = new_state(5); state.load(tmp_path / 'old')
+    assert everything(last(state, 3)).replace(repr(state.history), '') == everything(whole := last(new_state(), 3)).replace(repr(whole.history), '')
+    with pytest.raises(ValueError, match='made with ema None, not 0.9'): new_state(ema=.9).load(tmp_path / 'old')
+
+
+@pytest.mark.parametrize('name, other', [('ema', .8), ('ema', None), ('clip', 1.), ('clip', None), ('warmup', 0), ('warmup', 14)])
+def test_a_checkpoint_of_other_options_is_refused_and_changes_nothing(name, other, tmp_path):
+    last(new_state(**ALL), 1).save(tmp_path / 'c')
+    state = last(new_state(5, **ALL | {name: other}), 1); before = everything(state)
+    with pytest.raises(ValueError, match=f'it was made with {name} {ALL[name]}, not {other}\\. Move'): state.load(tmp_path / 'c')
+    assert everything(state) == before
+
+
+@pytest.mark.parametrize('damage', ['ema.', 'ema.layers.0.bias'])
+def test_a_lost_average_is_missed(damage, tmp_path):
+    last(new_state(**ALL), 1).save(tmp_path / 'c')
+    without(tmp_path / 'c', damage, meta={'epoch': '1', 'history': '[]', 'options': json.dumps(ALL)})
+    state = new_state(5, **ALL); before = everything(state)
+    with pytest.raises(ValueError, match='does not hold the average'): state.load(tmp_path / 'c')
+    assert everything(state) == before
+
+
+# ---- schedules that learn
+
+class Learning(CosineSchedule):
+    "A schedule that counts what it was asked, and refuses to have seen less than nothing."
+    def __init__(self, bins=4): super().__init__(); self._seen, self._asked = torch.zeros(bins), torch.zeros((), dtype=torch.int64)
+    def logsnr(self, t):
+        if torch.is_tensor(t) and t.ndim: self._seen += t.sum().item(); self._asked += 1
+        return super().logsnr(t) * (1 - .1 * self._seen[0].item() / (1 + self._seen[0].item()))   # what was seen matters
+    def state(self): return {'seen': self._seen, 'seen.times': self._asked}
+    def load_state(self, tensors):
+        if tensors['seen.times'] < 0: raise ValueError('it saw less than nothing')
+        self._seen, self._asked = tensors['seen'], tensors['seen.times']
+
+
+def learning(seed=0, bins=4, **options):
+    loss = DiffusionLoss(Learning(bins))
+    return loss, new_state(seed, schedules=[loss.schedule], **options)
+
+
+def test_what_a_schedule_learned_is_resumed_bit_identically(tmp_path):
+    loss, whole = learning(**ALL)
+    for state in train(whole, loss, X, 4, 20): state.save(tmp_path / f'{state.epoch}')
+    assert loss.schedule._asked > 0 and len(loss.schedule._seen.unique()) == 1
+    for epoch in (1, 3):
+        loss, other = learning(77, **ALL)
+        last(other, 1, loss=loss)
+        other.load(tmp_path / f'{epoch}')
+        assert everything(last(other, 4, loss=loss)) == everything(whole)
+
+
+@pytest.mark.parametrize('damage', [dict(gone='schedule.0.seen'), dict(gone='schedule'), dict(new={'schedule.0.seen': torch.zeros(5)}), dict(new={'schedule.1.seen': torch.zeros(4)}),
+                                    dict(new={'schedule.0.seen': torch.zeros(4).double()}), dict(new={'schedule.0.seen.times': torch.tensor(-1)})], ids=str)
+def test_what_a_schedule_learned_is_taken_whole_or_not_at_all(damage, tmp_path):
+    loss, state = learning()
+    last(state, 2, loss=loss).save(tmp_path / 'c')
+    without(tmp_path / 'c', **damage)
+    loss, state = learning(5); last(state, 1, loss=loss); before = everything(state)
+    with pytest.raises(ValueError, match='what these schedules have learned|less than nothing'): state.load(tmp_path / 'c')
+    assert everything(state) == before
+
+
+def test_a_schedule_that_learns_must_be_known_to_the_state(checkpoint):
+    loss, state = learning()
+    for stranger in (new_state(), learning()[1]):
+        with pytest.raises(ValueError, match=r'schedules=\[loss.schedule\]'): last(stranger, 1, loss=loss)
+    with pytest.raises(ValueError, match='does not know it'): last(state, 1)
+    with pytest.raises(ValueError, match='does not hold what these schedules have learned'): state.load(checkpoint)
+    with pytest.raises(ValueError, match='1 networks need as many schedules, not 2'): new_state(schedules=[Learning(), Learning()])
+    assert new_state(schedules=[LOSS.schedule]).learning == {}   # one that does not learn may be named
 
 
 # ---- training that goes wrong

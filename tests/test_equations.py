@@ -1,0 +1,181 @@
+"The ledger of equations and the errata say what the notebooks have printed, no more and no less."
+import math
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import sympy as sp
+import torch
+
+import ledger
+from lfdm.core import check, refute
+from tree import ROOT
+
+SEEDS = ROOT.parent / "shared" / "seeds"
+LINES = ledger.checks()
+
+
+def line(verdict, source):
+    "A line as a notebook might print it."
+    return SimpleNamespace(verdict=verdict, source=source, equations=ledger.named(source), place=SimpleNamespace(address="page.ipynb", name="Page"), can_fail=True)
+
+
+# --- the three verdicts
+
+def test_check_compares_numbers(capsys):
+    check(torch.tensor([1., 2.]), [1., 2. + 1e-12], "two numbers")
+    check(np.array([1e-12, 5.]), torch.tensor([0., 5.]), "relative to the largest where 0 is expected", 1e-9)
+    check(sp.Rational(1, 3), 1 / 3, "a sympy number")
+    check([math.inf, 0.], [math.inf, 0.], "an infinity and a zero")
+    assert capsys.readouterr().out.count("checked: ") == 4
+
+
+@pytest.mark.parametrize("value, expected", [([1., 2.1], [1., 2.]), (math.nan, 1.), (1., math.nan), ([1., math.nan], 1.), (math.inf, 1.), (1., math.inf), (1e-6, 0.), ([1., 1e-8], [1., 0.])])
+def test_check_fails_where_numbers_differ(value, expected, capsys):
+    with pytest.raises(AssertionError, match="not so: a claim"): check(value, expected, "a claim")
+    assert "checked" not in capsys.readouterr().out
+
+
+def test_check_needs_like_shapes():
+    with pytest.raises(ValueError, match="shape"): check([1., 1.], [1., 1., 1.], "a claim")
+
+
+def test_refute_needs_a_point(capsys):
+    x, p = sp.Symbol("x", real=True), sp.Symbol("p", positive=True)
+    refute(sp.Abs(x), x, "a modulus")
+    refute(sp.Function("f")(x).diff(x), 0, "any function is constant")
+    refute(p, 1, "only somewhere", {p: 2})
+    assert capsys.readouterr().out.count("refuted: ") == 3
+    for left, right, at in ((sp.Abs(p), p, None), (sp.sin(x)**2, 1 - sp.cos(x)**2, None), (p, 1, {p: 1}), (2, 2.0, None), (sp.exp(sp.log(p) / 2), sp.sqrt(p), None)):
+        with pytest.raises(AssertionError, match="not refuted"): refute(left, right, "a truth", at)
+
+
+# --- how a line names equations
+
+@pytest.mark.parametrize("text, numbers", [
+    ("thesis 3.21, NELBO in x", "thesis 3.21"),
+    ("Kingma & Gao 17, 18", "Kingma & Gao 17|Kingma & Gao 18"),
+    ("Kingma & Gao 34, 35; 36 with 1/π", "Kingma & Gao 34|Kingma & Gao 35|Kingma & Gao 36"),
+    ("thesis 3.18 to 3.20: one step", "thesis 3.18|thesis 3.19|thesis 3.20"),
+    ("Kingma & Gao 85–88 and 90", "Kingma & Gao 85|Kingma & Gao 86|Kingma & Gao 87|Kingma & Gao 88|Kingma & Gao 90"),
+    ("thesis 3.52 and paper 15, w_s", "thesis 3.52|paper 15"),
+    ("thesis 3.11, so 3.9", "thesis 3.11|thesis 3.9"),
+    ("thesis 3.35, 3.36 with 3.38, in three dimensions", "thesis 3.35|thesis 3.36|thesis 3.38"),
+    ("Kingma & Gao E.3, cosine density", "Kingma & Gao E.3"),
+    ("Kingma & Gao 15, w = 1 in x", "Kingma & Gao 15"),
+    ("the flow, thesis 3.55 with Kingma & Gao 91", "thesis 3.55|Kingma & Gao 91"),
+    ("note W2 with the posterior variance", "note W2"),
+    ("thesis 3.2.2: a section", ""),
+    ("thesis, text before 3.52: not the equation", ""),
+    ("Kingma & Gao 91, the text after it: a claim", ""),
+    ("Kingma & Gao 50, if the score is conservative", ""),
+    ("thesis, algorithm 1: no equation", ""),
+    ("a synthesis 3.5", ""),
+])
+def test_sources_are_read(text, numbers):
+    assert sorted(map(" ".join, ledger.named(text))) == sorted(filter(None, numbers.split("|")))
+
+
+def test_numbers_at_the_end_are_no_part_of_a_source():
+    sources = {l.source for l in LINES}
+    assert "thesis 3.6, paper 4: the three terms of the NELBO" in sources   # : worst relative difference ...
+    assert "thesis, text before 3.52: w_s as printed" in sources            # : a is not b
+    assert "thesis 3.33: the boundary term is the integral of (p s)′" in sources
+
+
+# --- the ledger
+
+def test_every_equation_has_one_entry():
+    "toml itself refuses a second one."
+    numbers = [(document, number) for document, known in ledger.DOCUMENTS.items() for number in known]
+    assert list(ledger.entries()) == numbers
+
+
+def test_the_ledger_keeps_its_word():
+    assert not ledger.faults(LINES), "\n".join(ledger.faults(LINES))
+
+
+def test_pages_are_up_to_date():
+    stale = [name for name in ledger.PAGES if ledger.refresh(ledger.NBS / name) != (ledger.NBS / name).read_text(encoding="utf-8")]
+    assert not stale, f"run `make export`; out of date: {', '.join(stale)}"
+
+
+def test_a_proof_taken_away_is_missed():
+    key = ("thesis", "3.21")
+    found = ledger.faults([l for l in LINES if key not in l.equations])
+    assert any("thesis 3.21 shall be proved" in fault for fault in found), found
+    twins = ledger.faults([l for l in LINES if ("thesis", "3.26") not in l.equations])
+    assert any(fault.startswith("paper 10 shall be proved") for fault in twins), twins
+
+
+def test_a_refutation_needs_its_entry():
+    assert any("refuted" in fault for fault in ledger.faults(LINES + [line("refuted", "thesis 3.21 as printed")]))
+    assert any("wrong as printed" in fault for fault in ledger.faults([l for l in LINES if not (l.verdict == "refuted" and ("thesis", "3.8") in l.equations)]))
+
+
+def test_a_number_that_is_not_there_is_found():
+    assert any("has no thesis 3.99" in fault for fault in ledger.faults(LINES + [line("proved", "thesis 3.99")]))
+
+
+def test_a_line_that_cannot_fail_is_found():
+    printed = line("checked", "thesis 3.6")
+    printed.can_fail = False
+    assert any("nothing can fail" in fault for fault in ledger.faults(LINES + [printed]))
+
+
+def test_a_definition_that_is_proved_says_so():
+    assert any("change its status" in fault for fault in ledger.faults(LINES + [line("proved", "thesis 3.2")]))
+
+
+def test_an_open_equation_takes_the_status_of_its_first_check():
+    waiting = [key for key, row in ledger.ledger(LINES).items() if row.status == "open"]
+    for verdict in ("proved", "checked"):
+        rows = ledger.ledger(LINES + [line(verdict, " ".join(key)) for key in waiting])
+        assert {rows[key].status for key in waiting} <= {verdict}
+
+
+def test_places_exist_and_mention_the_equation():
+    assert ledger.place_faults("10_schedules.ipynb#the-forward-process", [("thesis", "3.2")]) == []
+    assert ledger.place_faults("10_schedules.ipynb#no-such-heading", None) and ledger.place_faults("no_page.ipynb", None)
+    assert ledger.place_faults("10_schedules.ipynb", [("thesis", "4.6")])
+
+
+# --- the errata
+
+def test_errata_are_settled_by_what_they_name():
+    assert not ledger.errata_faults(LINES), "\n".join(ledger.errata_faults(LINES))
+
+
+def test_an_erratum_without_its_check_is_found():
+    assert ledger.errata_faults([l for l in LINES if l.source != "Kingma & Gao 36 as printed"])
+
+
+def test_what_is_wrong_as_printed_is_an_erratum():
+    listed = {equation for e in ledger.errata() for equation in e.equations}
+    missing = [" ".join(key) for key, row in ledger.ledger(LINES).items() if row.status == "wrong" and " ".join(key) not in listed]
+    assert not missing, f"no erratum lists {', '.join(missing)}"
+
+
+# --- against the documents, where they are at hand
+
+@pytest.mark.skipif(not SEEDS.is_dir(), reason="the documents are not here")
+def test_numbers_are_those_of_the_documents():
+    text = {name: (SEEDS / name).read_text(encoding="utf-8") for name in ("thesis.txt", "paper.txt", "kingma-gao.txt", "training-objective.md")}
+    thesis = re.findall(r"(?:\\(?:quad|qquad) ?\(|\\tag\{)(\d\.\d+)[)}]", text["thesis.txt"])
+    paper = re.findall(r"\\quad ?\((\d+)\)", text["paper.txt"])
+    kingma_gao = [a or b for a, b in re.findall(r"\\tag\{(\d+)\}|\((\d{1,2})\)(?=\s*(?:\\n|\\\\|\n|$))", text["kingma-gao.txt"])]
+    assert sorted(set(thesis)) == sorted(ledger.DOCUMENTS["thesis"])
+    assert sorted(set(paper)) == sorted(ledger.DOCUMENTS["paper"])
+    assert sorted(set(kingma_gao)) == sorted(n for n in ledger.DOCUMENTS["Kingma & Gao"] if n.isdigit())
+    displayed = text["training-objective.md"].count("$$") // 2
+    rows = re.search(r"^\| Weighting .*?\n\n", text["training-objective.md"], re.S | re.M)[0].count("\n") - 3
+    assert len(ledger.DOCUMENTS["note"]) == displayed + rows
+
+
+@pytest.mark.skipif(not SEEDS.is_dir(), reason="the documents are not here")
+def test_quotes_stand_in_the_documents():
+    squeeze = lambda s: re.sub(r"\s+", " ", s)
+    texts = {path.name: squeeze(path.read_text(encoding="utf-8")) for path in SEEDS.iterdir()}
+    wrong = [f"{e.where}: {quote}" for e in ledger.errata() for name, quote in e.quotes if squeeze(quote) not in texts[name]]
+    assert not wrong, "\n".join(wrong)
