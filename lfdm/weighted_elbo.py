@@ -183,7 +183,8 @@ def against(w,        # w(λ), as in `weight`
 # %% ../nbs/87_weighted_elbo.ipynb #e1e37a01
 def kl_and_fisher(q,     # a two-dimensional GaussianMixture
                   p,     # another
-                  alpha: float, sigma: float, # scales of signal and noise: both are noised alike
+                  alpha: float, # scale of the signal, of both
+                  sigma: float, # scale of the noise, of both
                   fine: float = 3., # grid points per standard deviation of the narrowest component
                  ) -> tuple: # (KL(q ‖ p) in nats, Fisher divergence in 1/length²); raises ValueError
     "Two divergences of noisy data, by quadrature in the plane; Kingma & Gao (49)."
