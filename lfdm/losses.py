@@ -63,7 +63,7 @@ def _usable(loss):
     s = loss.schedule
     if s.learned and not isinstance(loss.weighting, LogSNRWeighting):
         raise ValueError(f"the {s.name} schedule needs a weight w(λ), but {loss.weighting!r} is a factor on the error: its weight is g(λ)p(λ), which would follow the schedule that follows it. "
-                         f"Bind it to a schedule: 'implied(cosine, {loss.target.name}, {loss.weighting.name})'.")
+                         f"Bind it to a schedule: 'implied(cosine, {words(loss.target)}, {words(loss.weighting)})'.")
     if not s.logsnr_max - s.logsnr_min < float('inf'): return
     logsnr = torch.linspace(s.logsnr_min, s.logsnr_max, 201)
     factor = loss.weighting.factor(logsnr, s, loss.target)

@@ -196,7 +196,7 @@ class EDMTrainSchedule(VESchedule):
     def inverse(self, logsnr): return maths(logsnr).ndtr((self.mean - logsnr) / self.std)
     def slope(self, logsnr):
         m = maths(logsnr)
-        return -self.std * m.sqrt(as_number(2 * m.pi)) * m.exp(((logsnr - self.mean) / self.std)**2 / 2)
+        return -self.std * m.sqrt(2 * m.pi * logsnr**0) * m.exp(((logsnr - self.mean) / self.std)**2 / 2)
     def reach(self): return self.mean - 8 * self.std, math.inf   # further down, t rounds to 1
 
 # %% ../nbs/10_schedules.ipynb #f24e2834

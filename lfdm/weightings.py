@@ -149,7 +149,7 @@ class EDM(LogSNRWeighting):
         m = maths(logsnr)
         a = (logsnr - self.mean) / self.std
         bell, tilted = m.exp(-a**2 / 2), m.exp(-a * (a / 2 + self.std) - self.mean)    # the second is bell e^-λ, finite at both ends
-        return (bell + tilted / self.sigma_data**2) / (self.std * m.sqrt(as_number(2 * m.pi)))
+        return (bell + tilted / self.sigma_data**2) / (self.std * m.sqrt(2 * m.pi * logsnr**0))
 
 # %% ../nbs/30_weightings.ipynb #8cd1d835
 class EDMMonotonic(EDM):
