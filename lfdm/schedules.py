@@ -58,8 +58,7 @@ class Schedule:
             raise ValueError(f"logsnr_min must be below logsnr_max, but {logsnr_min!r} >= {logsnr_max!r}.")
         low, high = self.reach()
         if self.logsnr_min < low or self.logsnr_max > high:
-            raise ValueError(f"the {self.name} schedule reaches logsnr from {low:.6g} to {high:.6g}, "
-                             f"not [{self.logsnr_min:g}, {self.logsnr_max:g}].")
+            raise ValueError(f"the {self.name} schedule reaches logsnr from {low:.6g} to {high:.6g}, not [{self.logsnr_min:g}, {self.logsnr_max:g}].")
         self._t0, self._t1 = (float(self.inverse(as_number(l))) for l in (self.logsnr_max, self.logsnr_min))
 
     # the three formulas of the uncut path, and the split of λ into scales
@@ -79,9 +78,7 @@ class Schedule:
         logsnr = self.path(self._t0 + (self._t1 - self._t0) * t)
         if is_symbolic(t): return logsnr
         return torch.where((0 <= t) & (t <= 1), logsnr.clamp(self.logsnr_min, self.logsnr_max), logsnr)   # rounding must not leave the range
-    def dlogsnr(self, t):
-        "λ'(t), negative."
-        return self.dlogsnr_at(self.logsnr(t))
+    def dlogsnr(self, t): "λ'(t), negative."; return self.dlogsnr_at(self.logsnr(t))
     def dlogsnr_at(self, logsnr):
         "λ' at the time where λ is reached, negative."
         return (self._t1 - self._t0) * self.slope(logsnr)

@@ -1,6 +1,8 @@
 "Attempts to break lfdm.schedules, every schedule of the registry alike: ranges, ends, dtypes, densities and times."
 import math
 
+import numpy as np
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -642,3 +644,15 @@ def test_an_adaptive_schedule_that_cannot_be(bad):
     with pytest.raises((TypeError, ValueError), match=f'^{option} must be'): AdaptiveSchedule(**bad)
     for ends in ((-math.inf, 3.), (3., math.inf), (3., -3.)):
         with pytest.raises(ValueError, match='finite range of logsnr'): AdaptiveSchedule(*ends)
+
+
+def test_the_betas_of_chains_are_those_that_other_code_writes():
+    betas = {'linear': np.linspace(1e-4, 0.02, 1000), 'scaled_linear': np.linspace(1e-4**0.5, 0.02**0.5, 1000)**2}
+    f = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2)**2
+    betas['cosine'] = np.minimum(1 - f[1:] / f[:-1], 0.999)
+    for name, beta in betas.items():
+        alpha_bar = np.cumprod(1 - beta)
+        s = SCHEDULES['ddpm'](beta=name, logsnr_max=20)
+        t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+        assert np.allclose(s.alpha(t).numpy()**2, alpha_bar, rtol=1e-9), name
+    with pytest.raises(ValueError, match="Did you mean 'scaled_linear'"): SCHEDULES['ddpm'](beta='scaled-linear')

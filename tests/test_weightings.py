@@ -296,3 +296,15 @@ def test_a_fine_chain_keeps_its_digits_in_float32():
 def test_options_that_cannot_be_are_named(name, bad):
     (option,) = bad
     with pytest.raises((TypeError, ValueError), match=f'^{option} must be'): WEIGHTINGS[name](**bad)
+
+
+def test_a_chain_of_levels_is_judged_from_level_to_level():
+    "Inside a cell a staircase's density is flat and its weight is not: that is no rise."
+    assert rising('ddpm', 'v', 'weighted') == []
+    (low, high), = rising('ddpm', 'eps', 'weighted')
+    (l, h), = rising('linear', 'eps', 'weighted')
+    assert abs(high - h) < 0.1 and low < -9
+
+
+def test_the_simple_loss_is_the_noise_error_for_every_target():
+    for y in TARGETS: assert torch.equal(implied_w(torch.linspace(-8, 8, 9), 'cosine', y, 'simple'), implied_w(torch.linspace(-8, 8, 9), 'cosine', 'eps', 'weighted'))
