@@ -10,7 +10,7 @@ from torch.autograd.functional import jacobian
 from lfdm.data import DATASETS
 from lfdm.losses import DiffusionLoss
 from lfdm.networks import MLP
-from lfdm.schedules import SCHEDULES, network_logsnr, network_time
+from lfdm.schedules import CONTINUOUS, SCHEDULES, network_logsnr, network_time
 from lfdm.score_matching import (DIRECTIONS, OBJECTIVES, Denoising, Explicit, Hutchinson, Implicit, ScaledScore, ScoreMatchingLoss, Sliced, directions,
                                  divergence, projected_divergence)
 from lfdm.weightings import WEIGHTINGS
@@ -18,6 +18,7 @@ from lfdm.weightings import WEIGHTINGS
 torch.set_num_threads(1)
 f32, f64 = torch.float32, torch.float64
 few = settings(max_examples=15, deadline=None, derandomize=True, database=None)
+FIXED = [name for name, cls in SCHEDULES.items() if not cls.learned]   # an objective need not be a loss per level, so it cannot teach a schedule
 SHAPES = [(4, 1), (5, 3), (3, 3), (2, 2, 3, 3), (3, 3, 3)]
 shapes = pytest.mark.parametrize('shape', SHAPES, ids=str)
 kinds = pytest.mark.parametrize('kind', DIRECTIONS)
@@ -175,7 +176,7 @@ def affine(k, b): return lambda z, u: k * z + b
 def times(n): return torch.linspace(.05, .95, n, dtype=f64)
 
 
-@pytest.mark.parametrize('schedule', SCHEDULES)
+@pytest.mark.parametrize('schedule', FIXED)
 @pytest.mark.parametrize('shape', [(3, 3), (2, 2), (4, 1), (3, 3, 3), (2, 3, 2, 2)], ids=str)
 def test_values_for_an_affine_network_by_hand(schedule, shape):
     "where n is a size of the data too; the Jacobian is k/√(α²+σ²) times one, so signs and spheres estimate it without error"
@@ -245,7 +246,7 @@ def test_the_exact_score_is_the_best_there_is():
 
 # ---- denoising is the diffusion loss of the score target
 
-@pytest.mark.parametrize('schedule, weighting', list(itertools.product(SCHEDULES, WEIGHTINGS)))
+@pytest.mark.parametrize('schedule, weighting', list(itertools.product(FIXED, WEIGHTINGS)))
 def test_denoising_is_the_diffusion_loss(schedule, weighting):
     torch.manual_seed(0)
     for shape, dtype in (((5, 2), f32), ((3, 3), f64), ((2, 3, 4, 4), f64)):
@@ -289,7 +290,7 @@ def visited(loss, n=3000, dtype=f64, **kw):
     return network_logsnr(torch.cat(seen).double())
 
 
-@pytest.mark.parametrize('schedule', SCHEDULES)
+@pytest.mark.parametrize('schedule', CONTINUOUS)
 @pytest.mark.parametrize('levels', [[2.], [-4., 0.5, 7.], (1, 3), torch.tensor([-1., 4.]), 2.5, torch.linspace(-5, 5, 11)], ids=str)
 @pytest.mark.parametrize('dtype, close', [(f64, 1e-9), (f32, 2e-3)])
 def test_only_the_listed_levels_are_visited_and_all_alike(schedule, levels, dtype, close):
@@ -303,7 +304,7 @@ def test_only_the_listed_levels_are_visited_and_all_alike(schedule, levels, dtyp
     assert str(want.tolist()) in repr(loss) and 'ScoreMatchingLoss(Denoising()' in repr(loss)
 
 
-@pytest.mark.parametrize('schedule', SCHEDULES)
+@pytest.mark.parametrize('schedule', CONTINUOUS)
 @few
 @given(u=st.floats(0, 1), v=st.floats(0, 1))
 def test_the_ends_of_the_range_are_levels_too(schedule, u, v):
@@ -314,6 +315,21 @@ def test_the_ends_of_the_range_are_levels_too(schedule, u, v):
     for dtype in (f32, f64):
         got = visited(ScoreMatchingLoss('denoising', s, levels=[s.logsnr_min, s.logsnr_max]), 40, dtype)
         assert torch.minimum((got - s.logsnr_min).abs(), (got - s.logsnr_max).abs()).max() < (2e-2 if dtype == f32 else 1e-6)
+
+
+@pytest.mark.parametrize('schedule', ['discrete(T=20)', 'ddpm'])
+def test_a_listed_level_on_a_staircase_is_the_level_of_its_cell(schedule):
+    loss = ScoreMatchingLoss('denoising', schedule, levels=[-4., 0.5, 7.])
+    own = loss.schedule.level_at(loss.levels).logsnr
+    assert (own <= loss.levels).all() and (loss.schedule.before(own) > loss.levels).all()
+    for dtype, close in ((f32, 2e-3), (f64, 1e-9)):
+        gap = (visited(loss, dtype=dtype)[:, None] - own).abs()
+        assert gap.min(1).values.max() < close and gap.min(0).values.max() < close
+
+
+def test_a_schedule_that_learns_is_refused():
+    for weighting in ('nelbo', 'sigmoid'):
+        with pytest.raises(ValueError, match='score matching does not teach the adaptive schedule'): ScoreMatchingLoss('denoising', 'adaptive', weighting)
 
 
 @pytest.mark.parametrize('levels', [[], [13.], [-13.], [0., 12.91], [math.nan], [0., math.inf], 'a', ['a'], [None], torch.tensor([])], ids=str)
