@@ -10,7 +10,7 @@ import inspect
 
 import torch
 
-from .core import instance, lookup, number, seeded
+from .core import instance, lookup, number, seeded, words
 from .losses import predict
 from .networks import StackedMLP
 from .schedules import SCHEDULES, Level, Schedule
@@ -18,6 +18,12 @@ from .steps import SAMPLERS, ancestral_step, ddim_step, exact_denoiser, network_
 from .targets import TARGETS, Target
 
 # %% ../nbs/80_sampling.ipynb #3fe5eb96
+def _inside(schedule, low, high):
+    "What to sample with instead: the same schedule, its options included, cut to the range; another one if it cannot be cut."
+    options = {k: getattr(schedule, k) for k in inspect.signature(type(schedule)).parameters if hasattr(schedule, k)}
+    try: return f"Choose {words(type(schedule)(**options | {'logsnr_min': max(low, schedule.logsnr_min), 'logsnr_max': min(high, schedule.logsnr_max)}))!r}."
+    except (TypeError, ValueError): return f"The {schedule.name} schedule cannot be cut to that range. Choose another."
+
 def choices(denoiser, # denoiser(z, level) -> (x̂, ε̂)
             steps,    # T, the number of steps
             schedule, # the sampling schedule: name, class or instance
@@ -28,7 +34,7 @@ def choices(denoiser, # denoiser(z, level) -> (x̂, ε̂)
     low, high = getattr(denoiser, 'within', None) or (-float('inf'), float('inf'))
     if schedule.logsnr_min < low - 1e-6 or schedule.logsnr_max > high + 1e-6:
         raise ValueError(f"sampling over logsnr from {schedule.logsnr_min:g} to {schedule.logsnr_max:g} leaves the range of the training, {low:g} to {high:g}. "
-                         f"Choose {type(schedule).__name__}({max(low, schedule.logsnr_min):g}, {min(high, schedule.logsnr_max):g}).")
+                         f"{_inside(schedule, low, high)}")
     return number('steps', steps, low=1, integer=True), schedule, sampler if callable(sampler) else lookup(SAMPLERS, sampler, 'sampler')
 
 def sampling(denoiser,       # denoiser(z, level) -> (x̂, ε̂)

@@ -228,3 +228,29 @@ def test_an_unknown_target_is_refused_at_once():
 @pytest.mark.parametrize('device', ['cdu', '', 3.5])
 def test_an_unknown_device_is_refused(device):
     with pytest.raises((ValueError, TypeError, RuntimeError), match='(?i)device'): sample(refuse, 3, device=device)
+
+
+def test_a_chain_is_sampled_level_by_level_down_to_its_clean_end():
+    "T steps of a chain of T levels visit each of them; fewer skip, more wait; t = 0 is λ_0 and not the first level"
+    for schedule in (SCHEDULES['ddpm'](T=20, beta_min=0.01, beta_max=0.5), SCHEDULES['discrete'](schedule='rectified_flow(-9, 9)', T=20)):
+        for steps in (20, 7, 33):
+            path = states(schedule=schedule, steps=steps, sampler='ddim', dtype=torch.float64)
+            levels = torch.stack([level.logsnr for _, level, _ in path])
+            assert set(levels.tolist()) <= set(schedule._levels.tolist()) and (levels.diff() >= 0).all()
+            assert levels[0] == schedule.logsnr_min and levels[-1] == schedule.logsnr_max
+            if steps == 20: assert torch.equal(levels.flip(0), schedule._levels)
+            if steps == 33: assert len(levels.unique()) == 21 and all(torch.equal(a[2], b[2]) or not torch.equal(a[1].logsnr, b[1].logsnr) or torch.allclose(a[2], b[2], rtol=1e-9) for a, b in zip(path, path[1:]))
+
+
+def test_ancestral_sampling_of_ddpm_is_its_own_algorithm():
+    "x_{i-1} = (x_i - β_i/√(1-ᾱ_i) ε̂)/√α_i + √β̃_i ξ, Ho et al., algorithm 2, step by step from the same noise, down to the data themselves"
+    s = SCHEDULES['ddpm'](T=20, beta_min=0.01, beta_max=0.5, logsnr_max=math.inf)
+    alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - s.betas, 0)])
+    path = states(schedule=s, steps=20, dtype=torch.float64, generator=generator(3))
+    g = generator(3)
+    torch.randn(6, 2, generator=g, dtype=torch.float64)
+    for i, (_, level, x), (_, _, after) in zip(range(20, 0, -1), path, path[1:]):
+        xi, beta = torch.randn(6, 2, generator=g, dtype=torch.float64), s.betas[i - 1]
+        eps = exact(x, level)[1]
+        tilde = (1 - alpha_bar[i - 1]) / (1 - alpha_bar[i]) * beta
+        torch.testing.assert_close(after, (x - beta / (1 - alpha_bar[i]).sqrt() * eps) / (1 - beta).sqrt() + tilde.sqrt() * xi, rtol=1e-7, atol=1e-9)

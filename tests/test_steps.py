@@ -9,6 +9,7 @@ from hypothesis import given, settings, strategies as st
 from lfdm.networks import MLP, StackedMLP
 from lfdm.runs import Parameters, Run
 from lfdm.sampling import sample, sample_stack, sampling
+from lfdm.core import from_words
 from lfdm.schedules import SCHEDULES, CosineSchedule, Level
 from lfdm.steps import (SAMPLERS, Counted, adaptive_step, annealed_langevin_step, at_angle, ddim_step, dpmpp_2m_step, edm_step, exact_denoiser, langevin_step,
                         network_denoiser, predictor_corrector_step, solve, velocity)
@@ -296,18 +297,24 @@ def test_what_a_network_knows_is_honoured_whatever_wraps_it():
                 with pytest.raises(ValueError, match='leaves the range of the training, -5 to 5'): sampling(denoiser, (3, 2), 4, schedule, sampler)
             with pytest.raises(ValueError, match='leaves the range of the training, -5 to 5'): sample(denoiser, 3, steps=4, schedule=schedule)
         sampling(denoiser, (3, 2), 4, SCHEDULES['ve'](-5, 5))
-    with pytest.raises(ValueError, match=r'Choose VESchedule\(-5, 4\)'): sampling(net, (3, 2), 4, SCHEDULES['ve'](-7, 4))
+    with pytest.raises(ValueError, match=r"Choose 've\(logsnr_min=-5, logsnr_max=4\)'"): sampling(net, (3, 2), 4, SCHEDULES['ve'](-7, 4))
     assert getattr(exact, 'within', None) is None and Counted(exact).within is None
 
 
 def test_the_advice_for_a_range_out_of_reach_is_one_that_works():
     "ranges that share nothing, and those of the linear schedule, which does not reach below -10.05"
-    for within, schedule in (((-5, 5), SCHEDULES['ve'](-7, 7)), ((-20., 5), SCHEDULES['linear'](-10, 7)), ((-20., 5), SCHEDULES['cosine'](-25, 7))):
+    kept = (((-5, 5), SCHEDULES['ve'](-7, 7)), ((-20., 5), SCHEDULES['linear'](-10, 7)), ((-20., 5), SCHEDULES['cosine'](-25, 7)), ((-5, 5), SCHEDULES['edm_sample'](rho=3)),
+            ((-5, 5), SCHEDULES['discrete'](schedule='shifted_cosine(shift=1)', T=50)), ((-12, 9.5), SCHEDULES['ddpm']()), ((-5, 5), SCHEDULES['adaptive'](bins=7)), ((-5, 5), SCHEDULES['logit_normal'](m=0.5)))
+    for within, schedule in kept:   # with their options
         net = network_denoiser(MLP(2, 8), 'v', within=within)
         with pytest.raises(ValueError) as e: sampling(net, (3, 2), 4, schedule)
-        name, numbers = str(e.value).split('Choose ')[1].rstrip('.').split('(')
-        advised = type(schedule)(*map(float, numbers.rstrip(')').split(',')))
-        assert type(advised).__name__ == name and sampling(net, (3, 2), 4, advised)
+        advised = str(e.value).split("Choose '")[1].removesuffix("'.")
+        assert len(list(sampling(net, (3, 2), 4, advised))) == 5
+        advised, ends = from_words(SCHEDULES, advised, 'schedule'), ('logsnr_min', 'logsnr_max', 'scales')
+        assert type(advised) is type(schedule) and advised.logsnr_max == min(within[1], schedule.logsnr_max)
+        assert [(k, v) for k, v in vars(advised).items() if k[0] != '_' and k not in ends] == [(k, v) for k, v in vars(schedule).items() if k[0] != '_' and k not in ends]
+    for within, schedule in (((-5, 5), 'ddpm'), ((5, 6), SCHEDULES['ve'](-7, 4))):
+        with pytest.raises(ValueError, match='cannot be cut to that range. Choose another.'): sampling(network_denoiser(MLP(2, 8), 'v', within=within), (3, 2), 4, schedule)
 
 
 def test_a_run_samples_with_any_sampler_and_schedule_inside_its_training():
