@@ -291,8 +291,6 @@ def train_stack(state: TrainState,  # of a StackedMLP, with one seed per network
     if len({tuple(x.shape) for x in data}) != 1: raise ValueError(f"the data of a stack must have one shape, not {[tuple(x.shape) for x in data]}.")
     if not len(state.net) == len(losses) == len(data) == len(state.generators):
         raise ValueError(f"{len(state.net)} networks need as many losses, data and seeds, not {len(losses)}, {len(data)} and {len(state.generators)}.")
-    learned = [loss.schedule for loss in losses if loss.schedule.learned]
-    if len({id(s) for s in learned}) < len(learned): raise ValueError(f"networks of a stack cannot share a schedule that learns, {learned[0]!r}: give each its own.")
     if batch_size > len(data[0]): raise ValueError(f"batch_size {batch_size} is larger than the data: {len(data[0])} examples.")
     _check_learning(state, losses)
     judge = lambda: [v(state.result.alone(m)) for m, v in enumerate(validations)] if validations else [{} for _ in losses]
