@@ -53,9 +53,14 @@ class ValidationSet:
             x_best = denoise(self.z, alpha, sigma)
             self.best = loss.target.encode(x_best, (self.z - alpha * x_best) / sigma, alpha, sigma)
 
-    def _statistics(self, name, values):
+    @property
+    def density(self):
+        "p(λ) over the density of this set, (n,). An adaptive schedule may have moved."
         s = self.loss.schedule
-        values = (values * s.density(self.spread).to(values) * (s.logsnr_max - s.logsnr_min)).double()   # p(λ) over the density of this set
+        return (s.density(self.spread) * (s.logsnr_max - s.logsnr_min)).to(self.y)
+
+    def _statistics(self, name, values):
+        values = (values * self.density.to(values)).double()
         per_bin = values.new_zeros(self.bins).index_add_(0, self.bin, values) / len(values)
         return {name: values.mean().item(), f'{name}_se': (values.std() / len(values)**0.5).item(),
                 f'{name}_per_logsnr': (per_bin / self.width).tolist()}
