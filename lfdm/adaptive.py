@@ -8,7 +8,7 @@ __all__ = ['LossHistory', 'AdaptiveSchedule']
 # %% ../nbs/14_adaptive.ipynb #65ac2b67
 import torch
 
-from .core import as_number, is_symbolic, number
+from .core import is_symbolic, number
 from .schedules import SCHEDULES, Schedule
 
 # %% ../nbs/14_adaptive.ipynb #b0caad2a
@@ -73,16 +73,16 @@ class AdaptiveSchedule(LossHistory, Schedule):
         self._begin(low, high)
         super().__init__(low, high)
 
-    def _on(self, like, i): "The bin's slope dλ/dt, in float64."; return -((self._edges[0] - self._edges[-1]) / self.bins / self._mass)[i]
+    def _on(self, i): "The bin's slope dλ/dt, in float64."; return -((self._edges[0] - self._edges[-1]) / self.bins / self._mass)[i]
     def path(self, u):
         if is_symbolic(u): raise TypeError(f"{self!r} has no formula in t.")
         v = u.to(self._cdf)
         i = torch.searchsorted(self._cdf, v.detach(), right=True).sub(1).clamp(0, self.bins - 1)
-        return (self._edges[i] + (v - self._cdf[i]) * self._on(u, i)).to(u)
+        return (self._edges[i] + (v - self._cdf[i]) * self._on(i)).to(u)
     def inverse(self, logsnr):
         k = logsnr.to(self._cdf)
         i = self._bin(k.detach())
-        return (self._cdf[i] + (k - self._edges[i]) / self._on(k, i)).to(logsnr)
-    def slope(self, logsnr): return self._on(logsnr, self._bin(logsnr.detach().to(self._cdf))).to(logsnr)
+        return (self._cdf[i] + (k - self._edges[i]) / self._on(i)).to(logsnr)
+    def slope(self, logsnr): return self._on(self._bin(logsnr.detach().to(self._cdf))).to(logsnr)
 
 SCHEDULES['adaptive'] = AdaptiveSchedule

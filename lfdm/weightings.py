@@ -28,11 +28,13 @@ class Weighting:
         return self.eps_factor(logsnr, schedule, target) * target.eps_ratio(*schedule.scales(logsnr))
     def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v:g}' if isinstance(v, (int, float)) else f'{k}={v}' for k, v in vars(self).items() if k[0] != '_')})"
 
+# %% ../nbs/30_weightings.ipynb #8cd21497
 class LogSNRWeighting(Weighting):
     "A weighting given by w(λ), independent of schedule and target; Kingma & Gao (9). Subclasses give `w`."
     def w(self, logsnr): raise NotImplementedError
     def eps_factor(self, logsnr, schedule, target): return -schedule.dlogsnr_at(logsnr) * self.w(logsnr)
 
+# %% ../nbs/30_weightings.ipynb #6e836711
 class EpsFactor(Weighting):
     "A weighting given by its factor g(λ) on the noise error at sampled times. Subclasses give `g`."
     def g(self, logsnr): raise NotImplementedError
@@ -44,12 +46,14 @@ class NELBO(LogSNRWeighting):
     name = 'nelbo'
     def w(self, logsnr): return logsnr**0
 
+# %% ../nbs/30_weightings.ipynb #47570217
 class Weighted(Weighting):
     "The target's plain squared error, factor 1; thesis (3.24, 3.27, 3.52, 3.61)."
     name = 'weighted'
     def eps_factor(self, logsnr, schedule, target): return 1 / target.eps_ratio(*schedule.scales(logsnr))
     def factor(self, logsnr, schedule, target): return logsnr**0
 
+# %% ../nbs/30_weightings.ipynb #4c6b7fd7
 class Rescaled(EpsFactor):
     "The error in x whatever the target, g(λ) = e^-λ; thesis (3.62)-(3.64)."
     name = 'rescaled'
@@ -61,16 +65,19 @@ class Simple(EpsFactor):
     name = 'simple'
     def g(self, logsnr): return logsnr**0
 
+# %% ../nbs/30_weightings.ipynb #ffe30924
 class SNR(EpsFactor):
     "The signal-to-noise ratio, g(λ) = e^λ; training-objective document."
     name = 'snr'
     def g(self, logsnr): return maths(logsnr).exp(logsnr)
 
+# %% ../nbs/30_weightings.ipynb #d0e0e2c3
 class SNRPlusOne(EpsFactor):
     "(SNR + 1)/SNR = 1 + e^-λ, the plain velocity error; Kingma & Gao A.4."
     name = 'snr_plus_one'
     def g(self, logsnr): return 1 + maths(logsnr).exp(-logsnr)
 
+# %% ../nbs/30_weightings.ipynb #6e0e78a0
 class TruncatedSNR(EpsFactor):
     "max(SNR, 1)/SNR = max(1, e^-λ); Salimans & Ho (2022)."
     name = 'truncated_snr'
@@ -86,6 +93,7 @@ class MinSNR(EpsFactor):
         self.gamma = number('gamma', gamma, low=0, high=1e12, above=True)
     def g(self, logsnr): return maths(logsnr).minimum(self.gamma * maths(logsnr).exp(-logsnr), 1)
 
+# %% ../nbs/30_weightings.ipynb #cba597ba
 class SoftMinSNR(EpsFactor):
     "γ/(SNR + γ) = sigmoid(log γ - λ); Crowson et al. (2024)."
     name = 'soft_min_snr'
@@ -95,6 +103,7 @@ class SoftMinSNR(EpsFactor):
         self.gamma = number('gamma', gamma, low=0, high=1e12, above=True)
     def g(self, logsnr): return maths(logsnr).sigmoid(math.log(self.gamma) - logsnr)
 
+# %% ../nbs/30_weightings.ipynb #d5b6e5ef
 class P2(EpsFactor):
     "1/(k + SNR)^γ; Choi et al. (2022)."
     name = 'p2'
@@ -126,11 +135,13 @@ class Sech(LogSNRWeighting):
     name = 'sech'
     def w(self, logsnr): return 1 / maths(logsnr).cosh(logsnr / 2)
 
+# %% ../nbs/30_weightings.ipynb #5f196b56
 class Exponential(LogSNRWeighting):
     "e^(-λ/2), implied by the plain velocity error under the cosine schedule; Kingma & Gao (36)."
     name = 'exponential'
     def w(self, logsnr): return maths(logsnr).exp(-logsnr / 2)
 
+# %% ../nbs/30_weightings.ipynb #50c56867
 class Sigmoid(LogSNRWeighting):
     "sigmoid(k - λ); Kingma & Gao, section 5.2."
     name = 'sigmoid'
@@ -140,6 +151,7 @@ class Sigmoid(LogSNRWeighting):
         self.k = number('k', k, low=-80, high=80)
     def w(self, logsnr): return maths(logsnr).sigmoid(self.k - logsnr)
 
+# %% ../nbs/30_weightings.ipynb #87b5d45e
 class EDM(LogSNRWeighting):
     "N(λ; mean, std²)(1 + e^-λ/σ_d²), implied by EDM's loss; Kingma & Gao (26)."
     name = 'edm'
