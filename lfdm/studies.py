@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCALES', 'NETWORKS', 'WAYS', 'CURVES', 'PER_LOGSNR', 'FIRST_SEED', 'SAMPLED', 'place', 'suffixed', 'error_variance',
-           'arrow_grid', 'learned_score', 'outside', 'sample_quality', 'measure', 'measured', 'packed', 'write_whole',
-           'kept', 'kept_all', 'Record', 'load_record', 'flat', 'condense', 'make_record']
+           'arrow_grid', 'learned_score', 'outside', 'sample_quality', 'network_quality', 'measure', 'measured',
+           'packed', 'write_whole', 'kept', 'kept_all', 'Record', 'load_record', 'flat', 'condense', 'make_record']
 
 # %% ../nbs/96_studies.ipynb #aa03ff93
 import hashlib
@@ -105,6 +105,18 @@ def sample_quality(denoiser,   # denoiser(z, level) -> (x̂, ε̂)
     try: samples = sample(denoiser, n, dataset.dim, steps, schedule, sampler, seed)
     except (FloatingPointError, RuntimeError): return np.array([np.inf, np.inf])
     return np.array([sliced_wasserstein(samples, dataset.sample(real, seed=1, split='test')), outside(samples, dataset)])
+
+# %% ../nbs/96_studies.ipynb #9a4248f6
+def network_quality(parameters: dict, # of a finished run
+                    study: str,       # its study
+                    ways: list,       # names in WAYS
+                    n: int,           # samples
+                    real: int,        # real points compared with
+                   ) -> dict:         # way -> (sliced Wasserstein distance, share outside)
+    "How good a network's samples are, for each way to sample."
+    torch.set_num_threads(1)
+    run = load_run(folder_of(*grid(**parameters), study))
+    return {way: sample_quality(run.denoiser(), run.dataset, *WAYS[way], n=n, seed=run.parameters.seed, real=real) for way in ways}
 
 # %% ../nbs/96_studies.ipynb #2ed1a999
 CURVES = ('loss', 'excess', 'nelbo_loss', 'nelbo_excess', 'rescaled_loss', 'rescaled_excess')  # over epochs
