@@ -174,6 +174,7 @@ def check(value,        # a float, tensor, array or sympy number
           expected,     # what it must equal: one number, or of value's shape
           source: str,  # the equation checked, e.g. 'thesis 3.6'
           tolerance: float = 1e-9, # largest relative difference; where 0 is expected, relative to the largest that is
+          within=None,  # largest difference instead, e.g. four standard errors; one number or of value's shape
          ) -> None:     # prints the source and the worst relative difference; raises AssertionError with the numbers, ValueError on unlike shapes
     "Compare numbers with what they must be, or fail."
     numbers = lambda v: torch.as_tensor(float(v) if is_symbolic(v) else v, dtype=torch.float64, device='cpu').detach()
@@ -183,6 +184,12 @@ def check(value,        # a float, tensor, array or sympy number
     largest = expected.abs().max() if expected.any() else torch.ones(())
     off = torch.where(value == expected, 0., (value - expected).abs() / torch.where(expected == 0, largest, expected.abs()))
     worst = off.nan_to_num(nan=math.inf).flatten().argmax()
+    if within is not None:
+        gap, within = (value - expected).abs(), numbers(within).expand(value.shape)
+        worst = (gap / within).nan_to_num(nan=math.inf).flatten().argmax()
+        v, e, gap, allowed = (q.flatten()[worst].item() for q in (value, expected, gap, within))
+        if not gap <= allowed: raise AssertionError(f"not so: {source}: {v:.9g} is not {e:.9g}, a difference of {gap:.2g} (allowed {allowed:.2g})")
+        return print(f'checked: {source}: worst difference {gap:.1g}, allowed {allowed:.1g}')
     v, e, off = (q.flatten()[worst].item() for q in (value, expected, off))
     if not off <= tolerance: raise AssertionError(f"not so: {source}: {v:.9g} is not {e:.9g}, a relative difference of {off:.2g} (allowed {tolerance:.2g})")
     print(f'checked: {source}: worst relative difference {off:.1g}')

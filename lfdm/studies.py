@@ -85,12 +85,13 @@ def outside(samples: torch.Tensor,   # generated, shape (n, D)
     "Share of samples where the data are rare: below the given quantile of the data's own log-density."
     return (dataset.log_prob(samples) < _rare(dataset, quantile)).double().mean().item()
 
-# %% ../nbs/96_studies.ipynb #3250e1ce
+# %% ../nbs/96_studies.ipynb #4daf6b8b
 _COSINE = ('cosine', -9.6, 12.9)
 WAYS = {   # how to sample -> sampler, steps, schedule and its range of λ; the evaluations are given by the name where they are not the steps
     'dpmpp_2m, 8': ('dpmpp_2m', 8, _COSINE), 'euler, 8': ('euler', 8, _COSINE), 'ancestral, 8': ('ancestral', 8, _COSINE),
     'ancestral, 256': ('ancestral', 256, _COSINE), 'heun, 64': ('heun', 64, _COSINE), 'edm, 18': ('edm', 18, ('edm_sample', -8.764, 12.429))}
 
+# %% ../nbs/96_studies.ipynb #2077caeb
 def sample_quality(denoiser,   # denoiser(z, level) -> (x̂, ε̂)
                    dataset,    # the data set it imitates
                    sampler,    # a name in SAMPLERS, or a step function

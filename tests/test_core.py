@@ -9,7 +9,7 @@ import sympy
 import torch
 from hypothesis import given, settings, strategies as st
 
-from lfdm.core import as_number, expand, from_words, instance, is_symbolic, lookup, maths, number, project_root, prove, unknown
+from lfdm.core import as_number, check, expand, from_words, instance, is_symbolic, lookup, maths, number, project_root, prove, unknown
 from lfdm.core import words as words_of
 from lfdm.schedules import SCHEDULES
 from lfdm.targets import TARGETS
@@ -259,3 +259,13 @@ def test_project_root(tmp_path):
     assert project_root(tmp_path / 'a' / 'b') == tmp_path
     (tmp_path / 'settings.ini').unlink()
     assert project_root(tmp_path / 'a' / 'b') == tmp_path / 'a' / 'b'
+
+
+def test_a_check_within_a_difference_fails_beyond_it(capsys):
+    "Simulations are compared within so many standard errors, each value within its own."
+    check([1., 2.], [1.05, 2.5], 'one', within=[0.1, 1.])
+    assert 'checked: one: worst difference' in capsys.readouterr().out
+    with pytest.raises(AssertionError, match='1 is not 1.05'): check([1., 2.], [1.05, 2.5], 'two', within=[0.01, 1.])
+    for bad in (float('nan'), float('inf')):
+        with pytest.raises(AssertionError): check([bad], [1.], 'three', within=10.)
+    with pytest.raises(AssertionError): check([1.], [1.1], 'four', within=0.)
