@@ -15,7 +15,7 @@ setup(
     author=c["author"], keywords=c["keywords"], license="Apache-2.0",
     packages=find_packages(include=["lfdm", "lfdm.*"]), python_requires=f">={c['min_python']}",
     install_requires=c["requirements"].split(),
-    extras_require={extra: c[f"{extra}_requirements"].split() for extra in ("dev", "workflow")},
+    extras_require={extra: c[f"{extra}_requirements"].split() for extra in ("dev", "workflow", "accelerate", "diffusers")},
     entry_points={"nbdev": [f"{c['lib_name']}={c['lib_name']}._modidx:d"]},
     zip_safe=False,
 )
