@@ -152,7 +152,7 @@ class Parameters(RunParameters):
     @property
     def shape(self) -> tuple: "The shape of a sample."; return (self.data.dim,)
 
-    def network(self) -> torch.nn.Module:
+    def new_network(self) -> torch.nn.Module:
         "The untrained network: its weights depend on the seed alone."
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
@@ -284,7 +284,7 @@ def _read_samples(path, parameters):
     with np.load(path) as f: return parameters.restored(f['samples'])
 
 def _read_net(path, parameters):
-    net = dataclasses.replace(parameters, device='cpu').network()
+    net = dataclasses.replace(parameters, device='cpu').new_network()
     net.load_state_dict(load_file(path))
     return net.eval()
 
@@ -372,7 +372,7 @@ def _train_into(work, parameters, progress, accelerator=None):
     "Train, sample, judge; leave the complete record in the work folder. Of several processes the main one writes, and samples alone."
     began, checkpoint = time.perf_counter(), work / 'checkpoint.safetensors'
     loss = parameters.loss()
-    state = TrainState(parameters.network(), parameters.lr, parameters.seed, **parameters.options(), schedules=[loss.schedule])
+    state = TrainState(parameters.new_network(), parameters.lr, parameters.seed, **parameters.options(), schedules=[loss.schedule])
     if checkpoint.exists(): state.load(checkpoint)
     saved = time.monotonic()
     main = accelerator is None or accelerator.is_main_process
@@ -472,7 +472,7 @@ def _make_stack(batch, study, root, progress):
             folders[0].parent.mkdir(parents=True, exist_ok=True)
             for f in folders: locks.enter_context(FileLock(f.with_name(f'.{f.name}.lock'), timeout=0))
             losses = [p.loss() for p in batch]
-            state = TrainState(StackedMLP([p.network() for p in batch]), batch[0].lr, [p.seed for p in batch], **batch[0].options(),
+            state = TrainState(StackedMLP([p.new_network() for p in batch]), batch[0].lr, [p.seed for p in batch], **batch[0].options(),
                                schedules=[loss.schedule for loss in losses])
             if checkpoint.exists(): state.load(checkpoint)
             data = [p.data.train(p.seed).to(p.device) for p in batch]
