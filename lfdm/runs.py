@@ -387,7 +387,7 @@ def _train_into(work, parameters, progress, accelerator=None):
 def _record(work, parameters, net, history, samples, environment):
     "Judge, and write the complete record of a trained network into its work folder."
     np.savez_compressed(work / 'samples.npz', samples=parameters.stored(samples))
-    save_file({k: v.cpu() for k, v in net.state_dict().items()}, work / 'model.safetensors')
+    save_file({k: v.cpu().contiguous() for k, v in net.state_dict().items()}, work / 'model.safetensors')
     (work / 'metrics.jsonl').write_text(''.join(json.dumps(m) + '\n' for m in history))
     _write_json(work / 'summary.json', parameters.judge(net, samples))
     _write_json(work / 'params.json', ({} if parameters.kind == 'points' else {'kind': parameters.kind}) | {'parameters': dataclasses.asdict(parameters), 'results_version': RESULTS_VERSION,

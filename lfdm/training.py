@@ -199,6 +199,8 @@ class _Checkpoints:
             raise ValueError(f"checkpoint {path} cannot be used: {e}. Move it away to start afresh.") from e
         self.net.load_state_dict(weights)
         if self.average is not None: self.average.load_state_dict(average)
+        for i, p in enumerate(self.net.parameters()):   # laid out in memory as the weights are
+            if i in moments: moments[i] |= {k: torch.empty_like(p).copy_(v) for k, v in moments[i].items() if v.shape == p.shape}
         self.optimizer.load_state_dict({'state': moments, 'param_groups': self.optimizer.state_dict()['param_groups']})
         for g, r in zip(self.generators, random_states): g.set_state(r)
         self.epoch, self.steps, self.history = epoch, steps, history
