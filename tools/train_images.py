@@ -1,4 +1,4 @@
-"""One run on images by several processes: accelerate launch --num_processes 2 tools/train_images.py -p target v
+"""One run on images by several processes: torchrun --nproc_per_node 2 tools/train_images.py -p target v
 
 The parameters are those of nbs/train_images.ipynb, which shows the run afterwards: the same parameters are the same run.
 """
