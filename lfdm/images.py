@@ -313,9 +313,10 @@ def log_cell(low: torch.Tensor,  # in standard deviations, float64; may be -inf
     below = torch.special.log_ndtr(high)
     return below + (-torch.expm1(torch.special.log_ndtr(low) - below)).log()
 
-# %% ../nbs/52_images.ipynb #534079af
+# %% ../nbs/52_images.ipynb #28130119
 def cell_integrals(z: torch.Tensor, # noisy values, float64, any shape
-                   alpha, sigma,    # scales, to broadcast with z; sigma above 0
+                   alpha,           # scale of the signal, to broadcast with z
+                   sigma,           # scale of the noise, above 0, to broadcast with z
                    levels: int,     # L
                   ) -> tuple:       # (log of a common factor, shape of z; I_b and J_b without it, shape (..., L))
     "For each cell of the bytes: what a noisy value says of its probability, and of the place in it."
