@@ -42,12 +42,13 @@ def dequantize(images: torch.Tensor, # bytes b, uint8, any shape and device
     if u is None: u = torch.rand(images.shape, generator=generator, device=images.device)
     return 2 * (images + u.float().clamp(EDGE, 1 - EDGE)) / levels - 1
 
-# %% ../nbs/52_images.ipynb #bf81740b
+# %% ../nbs/52_images.ipynb #a8c08da4
 def scaled(images: torch.Tensor, # bytes b, uint8, any shape and device
            levels: int,          # L, from 2 to 256
           ) -> torch.Tensor:     # x in (-1, 1), float32; raises TypeError or ValueError
     "x = 2(b + ½)/L - 1, the middle of each cell: for pictures and classifiers."
-    return 2 * (images + 0.5) / _bytes(images, levels) - 1
+    levels = _bytes(images, levels)
+    return 2 * (images + 0.5) / levels - 1
 
 def quantize(x: torch.Tensor, # numbers, any shape
              levels: int,     # L, from 2 to 256
@@ -229,7 +230,7 @@ def _array(image, size):
 
 def _kind(kind): return f"mode {kind[0]!r}, {kind[1][0]}×{kind[1][1]}"
 
-# %% ../nbs/52_images.ipynb #741bdc37
+# %% ../nbs/52_images.ipynb #17613e46
 def decode(files: list,  # of images of one mode, 'L' or 'RGB', and one size
            size: int = None, # cut to the central square and resize to this; then any sizes will do
            threads: int = None, # default: one for each processor, at most 8
@@ -238,7 +239,9 @@ def decode(files: list,  # of images of one mode, 'L' or 'RGB', and one size
     from tqdm import tqdm
     first, wrong, other = None, [], []
     for example in files:      # the first that can be opened says what all must be
-        try: _, first, _ = _open(example); break
+        try:
+            image, first, _ = _open(example)
+            image.close(); break
         except Exception: pass
     if first and first[0] not in CHANNELS:
         raise ValueError(f"{str(example)!r} has mode {first[0]!r}; images must have one of {', '.join(map(repr, CHANNELS))} with 8 bits a channel. Convert them, e.g. with PIL: image.convert('RGB').")
@@ -300,19 +303,20 @@ class ImageFolder(ImageSet):
         indices = stratified(torch.zeros(n, dtype=torch.long) if labels is None else labels, n - max(1, round(n / 6)), self.name)
         return {split: (images[i], None if labels is None else labels[i]) for split, i in zip(SPLITS, indices)}
 
-# %% ../nbs/52_images.ipynb #fa873bb4
+# %% ../nbs/52_images.ipynb #649fde11
 def log_cell(low: torch.Tensor,  # in standard deviations, float64; may be -inf
              high: torch.Tensor, # above `low`; may be inf
             ) -> torch.Tensor:   # in nats, the two broadcast
-    "log(Φ(high) - Φ(low)), to full precision in both tails."
+    "log(Φ(high) - Φ(low)), in both tails as exact as in the middle: to about 1e-16/(high - low)."
     upper = low + high > 0
     low, high = torch.where(upper, -high, low), torch.where(upper, -low, high)
     below = torch.special.log_ndtr(high)
     return below + (-torch.expm1(torch.special.log_ndtr(low) - below)).log()
 
-# %% ../nbs/52_images.ipynb #15719801
+# %% ../nbs/52_images.ipynb #28130119
 def cell_integrals(z: torch.Tensor, # noisy values, float64, any shape
-                   alpha, sigma,    # scales, to broadcast with z; sigma above 0
+                   alpha,           # scale of the signal, to broadcast with z
+                   sigma,           # scale of the noise, above 0, to broadcast with z
                    levels: int,     # L
                   ) -> tuple:       # (log of a common factor, shape of z; I_b and J_b without it, shape (..., L))
     "For each cell of the bytes: what a noisy value says of its probability, and of the place in it."
@@ -321,17 +325,18 @@ def cell_integrals(z: torch.Tensor, # noisy values, float64, any shape
     y, middle, omega = (alpha * edges - z[..., None]) / sigma, (alpha * (edges[:-1] + h / 2) - z[..., None]) / sigma, alpha * h / sigma
     out = torch.maximum(y[..., :1], -y[..., -1:]).clamp(min=0)     # how far outside z lies
     phi = lambda y: ((out - y) * (out + y) / 2).exp() / math.sqrt(2 * math.pi)
-    narrow, sq = omega < 1e-2, middle**2
+    narrow, sq = omega * (1 + out) < 1e-2, middle**2
     density = phi(middle) * (1 + omega**2 * ((sq - 1) / 24 + omega**2 * (sq**2 - 6 * sq + 3) / 1920))
     moment = -h * omega * middle * phi(middle) * (1 / 12 + omega**2 * (sq - 3) / 480)
     if not narrow.all():
         wide, at_edges = torch.where(narrow, 1., omega), phi(y)
-        tail = torch.special.erfc(y.abs() / 2**0.5) / 2 * (out**2 / 2).exp() if out.max() < 20 else torch.special.erfcx(y.abs() / 2**0.5) * at_edges * math.sqrt(math.pi / 2)
+        tail = torch.special.erfc(y.abs() / 2**0.5) / 2 * (out**2 / 2).exp() if (out < 20).all() else torch.special.erfcx(y.abs() / 2**0.5) * at_edges * math.sqrt(math.pi / 2)
         signed = torch.where(y > 0, -tail, tail)                   # Φ, or Φ - 1 in the upper half
         mass = signed[..., 1:] - signed[..., :-1] + ((y[..., :-1] <= 0) & (y[..., 1:] > 0))
         first = at_edges[..., :-1] - at_edges[..., 1:] - middle * mass
         density, moment = torch.where(narrow, density, mass / wide), torch.where(narrow, moment, h * first / wide**2)
-    return (-out**2 / 2 - sigma.log())[..., 0], density, moment
+    half = h / 2 * density                                         # a mean lies in its cell, whatever is lost to rounding far out
+    return (-out**2 / 2 - sigma.log())[..., 0], density, torch.maximum(-half, torch.minimum(half, moment))
 
 # %% ../nbs/52_images.ipynb #7285db6f
 class TemplateSet(ImageSet):
