@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['INCEPTION_FILE', 'INCEPTION_DIGEST', 'INCEPTION_DIMS', 'FEATURES_VERSION', 'DECODERS', 'moments', 'frechet_distance',
-           'inception_file', 'inception', 'fid', 'FeatureNet', 'feature_net', 'classifier_features', 'feature_distance',
+           'inception_file', 'inception', 'fid', 'FeatureNet', 'classifier_features', 'feature_net', 'feature_distance',
            'classifier_view', 'discrete_reconstruction', 'ImageBound', 'image_bound', 'flow_bits_per_dim']
 
-# %% ../nbs/92_image_quality.ipynb #2d20a629
+# %% ../nbs/92_image_quality.ipynb #f7e92eba
 import hashlib
 import io
 import json
@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional
 
 from .core import instance, lookup, number, project_root, seeded
-from .images import dequantize, quantize, scaled
+from .images import _bytes, dequantization_bits, dequantize, quantize, scaled
 from .likelihood import bits_per_dim, flow_log_prob, nelbo
 from .schedules import SCHEDULES, Level, Schedule
 
@@ -107,16 +107,14 @@ def inception(weights=None,           # a file; default: the one in torch's fold
     net.digest, net.dims = hashlib.sha256(content).hexdigest()[:8], dims
     return net.eval().to(device)
 
-# %% ../nbs/92_image_quality.ipynb #b58451a0
+# %% ../nbs/92_image_quality.ipynb #7b68a5b5
 def _check_images(name, images, levels=256, least=1, channels=None):
     "Refuse what is no set of images with values of 0 to levels - 1."
-    number('levels', levels, low=2, high=256, integer=True)
-    if not torch.is_tensor(images) or images.dtype != torch.uint8:
-        hint = ' `quantize` of lfdm.images makes them.' if torch.is_tensor(images) and images.is_floating_point() else ''
-        raise TypeError(f"{name} must be a uint8 tensor of shape (n, C, H, W), not {images.dtype if torch.is_tensor(images) else type(images).__name__}.{hint}")
-    if images.ndim != 4 or not images[:1].numel() and len(images): raise ValueError(f"{name} must have shape (n, C, H, W), not {tuple(images.shape)}.")
+    if torch.is_tensor(images) and images.is_floating_point(): raise TypeError(f"{name} must be a uint8 tensor, not {images.dtype}: `quantize` of lfdm.images makes bytes of numbers in [-1, 1].")
+    try: _bytes(images, levels)
+    except (TypeError, ValueError) as e: raise type(e)(f"{name}: {e}") from None
+    if images.ndim != 4 or 0 in images.shape[1:]: raise ValueError(f"{name} must have shape (n, C, H, W), not {tuple(images.shape)}.")
     if len(images) < least: raise ValueError(f"{name}: {len(images)} images are too few; at least {least} are needed.")
-    if (top := images.max().item()) >= levels: raise ValueError(f"{name} has the value {top}, but {levels} levels are 0 to {levels - 1}.")
     if channels and images.shape[1] not in channels: raise ValueError(f"{name} must have {' or '.join(map(str, channels))} channels, not {images.shape[1]}.")
 
 def _inception_features(net, images, levels, batch_size, progress, done, total):
@@ -150,23 +148,29 @@ def fid(samples: torch.Tensor,   # generated images, uint8, shape (n, 1 or 3, H,
     return {'measure': 'FID' if official else f'Fréchet distance in {dims} Inception features of weights {net.digest}', 'value': frechet_distance(*x, *y),
             'n': len(samples), 'reference': of, 'reference_n': len(reference), 'weights': net.digest, 'dims': dims}
 
-# %% ../nbs/92_image_quality.ipynb #081d5b81
+# %% ../nbs/92_image_quality.ipynb #4a666e0d
 class FeatureNet(nn.Module):
     "A small classifier of images; the layer before its last one gives the features."
     def __init__(self,
                  channels: int,      # of the images
                  classes: int,       # how many
                  features: int = 32, # F
-                 width: int = 32,    # channels after the first convolution
+                 width: int = 24,    # channels after the first convolution
                 ):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(channels, width, 3, 2, 1), nn.ReLU(), nn.Conv2d(width, 2 * width, 3, 2, 1), nn.ReLU(),
                                   nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(32 * width, features), nn.ReLU())
         self.head = nn.Linear(features, classes)
+        self.register_buffer('scale', torch.ones(()))   # after training: of the features of the training images
     def forward(self,
                 x, # images in [-1, 1], shape (n, C, H, W)
                ):  # logits, shape (n, classes)
         return self.head(self.body(x))
+    def features(self,
+                 x, # images in [-1, 1], shape (n, C, H, W)
+                ):  # shape (n, F)
+        "The layer before the last, in units in which the features of the training images have a total variance of 1."
+        return self.body(x) / self.scale
 
 def _digest(net):
     "Eight hex digits of a network's weights."
@@ -174,7 +178,20 @@ def _digest(net):
     for k, v in sorted(net.state_dict().items()): h.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:8]
 
-# %% ../nbs/92_image_quality.ipynb #e9c93094
+# %% ../nbs/92_image_quality.ipynb #1b254eac
+def _batches(images, levels, net, batch_size=256):
+    "Images as a classifier sees them, on its device."
+    for batch in images.split(batch_size): yield scaled(batch, levels).to(net.scale.device)
+
+def classifier_features(net: FeatureNet,      # the classifier, on any device
+                        images: torch.Tensor, # uint8, shape (n, C, H, W)
+                        levels: int = 256,    # a pixel's values
+                       ) -> torch.Tensor:     # shape (n, F), on the CPU; raises TypeError or ValueError
+    "The features of images."
+    _check_images('images', images, levels, 1, (net.body[0].in_channels,))
+    with torch.no_grad(): return torch.cat([net.features(x).cpu() for x in _batches(images, levels, net)])
+
+# %% ../nbs/92_image_quality.ipynb #caf1856f
 @contextmanager
 def _one_thread():
     "One thread, and torch's random state as it was."
@@ -184,11 +201,8 @@ def _one_thread():
         with torch.random.fork_rng(devices=[]): yield
     finally: torch.set_num_threads(threads)
 
-def _batches(images, levels, device, batch_size=256):
-    for batch in images.split(batch_size): yield scaled(batch, levels).to(device)
-
 def _accuracy(net, images, labels, levels):
-    with torch.no_grad(): right = sum((net(x).argmax(1) == y).sum().item() for x, y in zip(_batches(images, levels, 'cpu'), labels.split(256)))
+    with torch.no_grad(): right = sum((net(x).argmax(1) == y).sum().item() for x, y in zip(_batches(images, levels, net), labels.split(256)))
     return right / len(labels)
 
 def _trained(dataset, seed, steps):
@@ -205,6 +219,7 @@ def _trained(dataset, seed, steps):
             loss = functional.cross_entropy(net(x), labels[chosen], label_smoothing=0.05)
             optimizer.zero_grad(); loss.backward(); optimizer.step(); rates.step()
         net.eval()
+        net.scale.copy_(moments(classifier_features(net, images, dataset.levels))[1].trace().sqrt())
         return net, _accuracy(net, dataset.test(), dataset.labels('test'), dataset.levels)
 
 # %% ../nbs/92_image_quality.ipynb #c14e656f
@@ -251,15 +266,7 @@ def _write_features(path, net, facts):
         os.replace(draft, path)
     finally: draft.unlink(missing_ok=True)
 
-# %% ../nbs/92_image_quality.ipynb #e4d27e3a
-def classifier_features(net: FeatureNet,      # the classifier, on any device
-                        images: torch.Tensor, # uint8, shape (n, C, H, W)
-                        levels: int = 256,    # a pixel's values
-                       ) -> torch.Tensor:     # shape (n, F), on the CPU; raises TypeError or ValueError
-    "The features of images."
-    _check_images('images', images, levels, 1, (net.body[0].in_channels,))
-    with torch.no_grad(): return torch.cat([net.body(x).cpu() for x in _batches(images, levels, next(net.parameters()).device)])
-
+# %% ../nbs/92_image_quality.ipynb #80bccbfc
 def _as_images(samples, dataset):
     "Generated images as the set's own are: uint8."
     if torch.is_tensor(samples) and samples.is_floating_point():
@@ -270,29 +277,24 @@ def _as_images(samples, dataset):
     return samples
 
 def feature_distance(samples: torch.Tensor,   # generated images, uint8 or floats in [-1, 1], shape (n, C, H, W)
-                     dataset,                 # the ImageSet they imitate
+                     dataset,                 # the ImageSet they imitate; its test images are the reference
                      net: FeatureNet = None,  # default: the set's own, trained if need be
-                     n: int = None,           # images a side; default: as many as there are, at most half of the reference
-                     split: str = 'test',     # the reference: 'test' or 'train'
+                     n: int = None,           # samples compared at a time; default: all, but at most half as many as there are training images
                      repeats: int = 20,       # random choices of n images
                      seed: int = 0,           # of these
                     ) -> dict:                # measure, value, sd, noise, noise_sd, n, reference, reference_n, weights, dims, accuracy; raises TypeError or ValueError
-    "The Fréchet distance in a classifier's features, beside that of real to real images of equal numbers; thesis (4.6)."
-    samples, split = _as_images(samples, dataset), lookup({'test': 'test', 'train': 'train'}, split, 'split')
-    real = dataset.test() if split == 'test' else dataset.train()
-    n = number('n', min(len(samples), len(real) // 2) if n is None else n, low=2, high=min(len(samples), len(real) // 2), integer=True)
+    "The Fréchet distance in a classifier's features, beside that of as many real images; thesis (4.6)."
+    samples = _as_images(samples, dataset)
+    n = number('n', min(len(samples), dataset.n_train // 2) if n is None else n, low=2, high=min(len(samples), dataset.n_train), integer=True)
     net, g, repeats = net or feature_net(dataset), seeded(seed), number('repeats', repeats, low=2, integer=True)
-    x, y = (classifier_features(net, images, dataset.levels).double() for images in (samples, real))
-    value, noise = [], []
-    for _ in range(repeats):
-        mine, theirs = torch.randperm(len(x), generator=g)[:n], torch.randperm(len(y), generator=g)
-        one, other = moments(y[theirs[:n]]), moments(y[theirs[n:2 * n]])
-        value.append(frechet_distance(*moments(x[mine]), *one)); noise.append(frechet_distance(*one, *other))
-    (value, sd), (noise, noise_sd) = ((q.mean().item(), q.std().item()) for q in (torch.tensor(value), torch.tensor(noise)))
-    return {'measure': f'Fréchet distance in the features of a classifier of {dataset.name}', 'value': value, 'sd': sd, 'noise': noise, 'noise_sd': noise_sd,
-            'n': n, 'reference': f'{dataset.name} {split}', 'reference_n': len(real), 'weights': net.digest, 'dims': x.shape[1], 'accuracy': net.accuracy}
+    x, real, reference = (classifier_features(net, images, dataset.levels) for images in (samples, dataset.train(), dataset.test()))
+    reference = moments(reference)
+    far = lambda y: torch.tensor([frechet_distance(*moments(y[torch.randperm(len(y), generator=g)[:n]]), *reference) for _ in range(repeats)])
+    value, noise = far(x), far(real)
+    return {'measure': f'Fréchet distance in the features of a classifier of {dataset.name}', 'value': value.mean().item(), 'sd': value.std().item(), 'noise': noise.mean().item(),
+            'noise_sd': noise.std().item(), 'n': n, 'reference': f'{dataset.name} test', 'reference_n': dataset.n_test, 'weights': net.digest, 'dims': x.shape[1], 'accuracy': net.accuracy}
 
-# %% ../nbs/92_image_quality.ipynb #afd4309e
+# %% ../nbs/92_image_quality.ipynb #dd319a73
 def classifier_view(images: torch.Tensor,   # uint8 or floats in [-1, 1], shape (n, C, H, W)
                     dataset,                # the ImageSet they imitate
                     net: FeatureNet = None, # default: the set's own, trained if need be
@@ -301,7 +303,7 @@ def classifier_view(images: torch.Tensor,   # uint8 or floats in [-1, 1], shape 
     "What a classifier sees in images."
     images, sure = _as_images(images, dataset), number('sure', sure, 0, 1)
     net = net or feature_net(dataset)
-    with torch.no_grad(): p = torch.cat([net.head(net.body(x)).softmax(1).cpu() for x in _batches(images, dataset.levels, next(net.parameters()).device)])
+    with torch.no_grad(): p = torch.cat([net.head(net.body(x)).softmax(1).cpu() for x in _batches(images, dataset.levels, net)])
     frequencies = torch.bincount(p.argmax(1), minlength=dataset.classes).double() / len(p)
     return {'frequencies': frequencies.tolist(), 'entropy': torch.special.entr(frequencies).sum().item(), 'confident': (p.amax(1) >= sure).double().mean().item(), 'n': len(p), 'weights': net.digest}
 
@@ -324,7 +326,7 @@ def discrete_reconstruction(images: torch.Tensor, # b: uint8, shape (n, C, H, W)
         total += (log_sum + 0.5 * eps**2).flatten(1).sum(1) / draws
     return total
 
-# %% ../nbs/92_image_quality.ipynb #286bc204
+# %% ../nbs/92_image_quality.ipynb #1b3eb461
 class ImageBound(NamedTuple):
     "The bound on -log₂ P(b) and its terms, per image and in bits per dimension."
     prior: torch.Tensor          # how much of the image the noisy end still knows
@@ -366,9 +368,9 @@ def image_bound(denoiser,             # denoiser(z, level) -> (x̂, ε̂)
         if decoder == 'discrete': bound = bound._replace(reconstruction=discrete_reconstruction(batch, levels, instance(SCHEDULES, schedule, 'schedule', Schedule).level(0.), _fresh(g), draws).to(bound.prior))
         parts.append(bound)
         if progress: progress('bound', sum(len(p.prior) for p in parts), len(images))
-    return ImageBound(*(bits_per_dim(torch.cat(q), dims) for q in zip(*parts)), math.log2(levels / 2) if decoder == 'gaussian' else 0.)
+    return ImageBound(*(bits_per_dim(torch.cat(q), dims) for q in zip(*parts)), dequantization_bits(levels) if decoder == 'gaussian' else 0.)
 
-# %% ../nbs/92_image_quality.ipynb #f56d0791
+# %% ../nbs/92_image_quality.ipynb #59a22bf9
 def flow_bits_per_dim(denoiser,             # denoiser(z, level) -> (x̂, ε̂), differentiable in z
                       images: torch.Tensor, # uint8, shape (n, C, H, W)
                       levels: int = 256,    # L, a pixel's values
@@ -387,4 +389,4 @@ def flow_bits_per_dim(denoiser,             # denoiser(z, level) -> (x̂, ε̂),
     for batch in _chunks(images, batch_size):
         found.append(-flow_log_prob(denoiser, dequantize(batch, levels, g).to(dtype), schedule, trace, rtol, atol, _fresh(g)))
         if progress: progress('flow', sum(map(len, found)), len(images))
-    return bits_per_dim(torch.cat(found), images[0].numel()) + math.log2(levels / 2)
+    return bits_per_dim(torch.cat(found), images[0].numel()) + dequantization_bits(levels)
