@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FOLDERS', 'image_set', 'content_of', 'ImageSettings', 'mirrored', 'TrainedOnImages', 'judge_images',
-           'ImageParameters', 'image_table']
+           'ImageParameters', 'image_table', 'make_images']
 
 # %% ../nbs/98_image_runs.ipynb #941ba827
 from dataclasses import dataclass, field
@@ -12,11 +12,12 @@ from functools import lru_cache, partial
 
 import numpy as np
 import torch
+from joblib import Parallel, delayed
 
 from .core import from_words, seeded, unknown
 from .image_quality import feature_distance, fid, image_bound, inception_file
 from .images import IMAGES, dequantize, quantize
-from .runs import KINDS, OTHERS, Run, RunParameters
+from .runs import KINDS, OTHERS, Run, RunParameters, folder_of, make_run
 from .sampling import network_denoiser, sample
 from .training import PRECISIONS, ValidationSet, computed, train
 from .unet import UNETS, unet
@@ -178,3 +179,26 @@ def image_table(run: Run,   # a finished run on images
     if 'fid' not in s['distances']: rows.append(('FID', 'not measured', 'the weights of its Inception network are not on this machine'))
     rows.append(('conditions', f'λ in [{p.logsnr_min:g}, {p.logsnr_max:g}], seed {p.seed}', f"{p.sampler}, {p.sample_steps} steps, EMA {p.ema}, {p.network} with {s['weights']:,} weights, {p.epochs} epochs of {p.content}"))
     return '\n'.join(['| | | |', '|---|---|---|'] + [f'| {a} | {b} | {c} |' for a, b, c in rows])
+
+# %% ../nbs/98_image_runs.ipynb #158bc5f8
+def _made(parameters, study, root, progress):
+    "(parameters, None), or what diverged and how."
+    try: make_run(parameters, study, root, progress)
+    except FloatingPointError as e: return parameters, str(e)
+    return parameters, None
+
+def make_images(parameters: list,      # of ImageParameters: what to run
+                study: str = 'images', # the study they belong to
+                root=None,             # where runs lie; default: $LFDM_RUNS, or else runs/ of the project
+                progress=None,         # called as progress(phase, done, total)
+                workers: int = 1,      # processes on one device; on a GPU one
+               ) -> tuple:             # (finished runs by their parameters, what was said of each that diverged)
+    "Load the runs that are finished and make the others."
+    missing = [p for p in dict.fromkeys(parameters) if not folder_of(p, study, root).exists()]
+    diverged, report = {}, progress or (lambda *a: None)
+    report('run', 0, len(missing))
+    made = Parallel(workers, return_as='generator_unordered')(delayed(_made)(p, study, root, report if workers == 1 else None) for p in missing)
+    for i, (p, ill) in enumerate(made, 1):
+        if ill: diverged[p] = ill
+        report('run', i, len(missing))
+    return {p: make_run(p, study, root) for p in parameters if p not in diverged}, diverged
