@@ -130,7 +130,7 @@ def judge_images(samples: torch.Tensor, # bytes, shape (n, C, H, W)
                 ) -> dict:              # measure -> what `feature_distance` and `fid` say
     "The distances that can be had: in features where the set has labels, FID where the Inception weights are."
     found = {}
-    if images.classes: found['feature_distance'] = feature_distance(samples, images, split='train')
+    if images.classes: found['feature_distance'] = feature_distance(samples, images)
     try: inception_file()
     except FileNotFoundError: return found
     return found | {'fid': fid(samples, images.train(), device=device, levels=images.levels, of=f'{images.name} train')}
