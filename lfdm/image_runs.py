@@ -105,9 +105,9 @@ class TrainedOnImages(ImageSettings):
         return _some(self.data.test(), self.judged).to(self.device)
 
     def validation(self, draws: int = 1, seed: int = 0) -> ValidationSet:
-        "The fixed validation set: each of these images at so many noise levels."
+        "The fixed validation set: each of these images at so many noise levels. Where the best denoiser is known it gives the excess too."
         x = dequantize(self.test_images().repeat(draws, 1, 1, 1), self.levels, seeded(seed, self.device))
-        return ValidationSet(self.loss(), x, bins=min(20, len(x)), seed=seed, others=OTHERS, chunk=256)
+        return ValidationSet(self.loss(), x, bins=min(20, len(x)), seed=seed, denoise=self.data.denoise if self.data.exact else None, others=OTHERS, chunk=256)
 
     def fit(self, state, loss, progress, accelerator=None):
         "Train, and yield the state after each epoch; progress counts images."
