@@ -255,6 +255,6 @@ def test_words_with_options():
 
 @pytest.mark.parametrize('words, size, message', [
     ('smal', 16, "Did you mean 'small'"), ('small(wdth=3)', 16, "Did you mean 'width'"), ('small(channels=3)', 16, "unknown option of small: 'channels'"), ('small(3)', 16, 'width'),
-    ('small(width=0)', 16, 'width must be'), ('small', 12, 'nearest sizes: 8×8 and 16×16'), ('thesis', (32, 24), 'halvings=3 or less')])
+    ('small(width=0)', 16, 'width must be'), ('small', 10, 'nearest sizes: 8×8 and 12×12'), ('thesis', (32, 24), 'halvings=3 or less')])
 def test_wrong_words_and_sizes(words, size, message):
     with pytest.raises(ValueError, match=message): unet(words, 1, size)
