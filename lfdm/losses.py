@@ -138,6 +138,13 @@ class DiffusionLoss(Triple):
         new = draw(x, generator) if t is None or eps is None else (t, eps)
         return new[0] if t is None else _times(t, x, self), new[1] if eps is None else _noise(eps, x)
 
+    def values(self, net, x, t, eps):
+        "The loss of each example at times and noise that need no check."
+        z, y, level = self.noisy(x, t, eps)
+        value = self.error(y, predict(net, z, level), level)
+        if torch.is_grad_enabled(): self.observe(level, value)
+        return value
+
     def __call__(self,
                  net,                     # network: net(z, u) -> ŷ
                  x: torch.Tensor,         # clean data, shape (n, ...)
@@ -146,7 +153,4 @@ class DiffusionLoss(Triple):
                  generator: torch.Generator = None, # source of t and eps; default: torch's own
                 ) -> torch.Tensor:        # (n,), one value per example
         "The loss of each example; thesis (3.21)-(3.64) with its mean over dimensions and without its ½."
-        z, y, level = self.noisy(x, *self.drawn(x, t, eps, generator))
-        value = self.error(y, predict(net, z, level), level)
-        if torch.is_grad_enabled(): self.observe(level, value)
-        return value
+        return self.values(net, x, *self.drawn(x, t, eps, generator))

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['COLORS', 'LABELS', 'DASHES', 'STABLE', 'ANONYMOUS', 'DPI', 'use_style', 'freeze_layout', 'shrunk', 'render',
            'describe', 'save_figure', 'show', 'figure_record', 'scatter', 'band', 'forward_row', 'plot_forward',
-           'score_field', 'plot_loss', 'plot_loss_per_logsnr', 'plot_samples']
+           'score_field', 'plot_loss', 'plot_loss_per_logsnr', 'plot_samples', 'show_images', 'plot_noisy_images',
+           'plot_image_samples']
 
 # %% ../nbs/97_plots.ipynb #b46643de
 import io
@@ -24,6 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from .core import expand
 from .evaluation import floor_per_logsnr
+from .images import image_grid, quantize, scaled
 from .studies import place, suffixed
 
 # %% ../nbs/97_plots.ipynb #b53b8d65
@@ -223,7 +225,7 @@ def plot_loss_per_logsnr(run,  # a finished run
                          epochs=(1, 5), # shown beside the last
                         ):     # the figure
     "The test loss per unit of λ at several epochs over its floor, and the excess."
-    exact, s = run.dataset.exact, run.loss.schedule
+    exact, s = 'excess_per_logsnr' in run.metrics[0], run.loss.schedule
     fig, axes = plt.subplots(1, 1 + exact, figsize=(4 * (1 + exact), 2.8), squeeze=False)
     shown = sorted({e for e in epochs if e < len(run.metrics)} | {len(run.metrics) - 1})
     edges = np.linspace(s.logsnr_min, s.logsnr_max, len(run.metrics[0]['loss_per_logsnr']) + 1)
@@ -232,7 +234,7 @@ def plot_loss_per_logsnr(run,  # a finished run
             ax.stairs(run.metrics[e][f'{what}_per_logsnr'], edges, color=COLORS[run.parameters.target], lw=1.5,
                       alpha=(i + 1) / len(shown), label=f'epoch {e}')
         ax.set(xlabel='log-SNR $\\lambda$', ylabel=f'{what} per unit of $\\lambda$')
-    if exact:
+    if 'floor' in run.summary:
         k = torch.linspace(s.logsnr_min + 1e-6, s.logsnr_max - 1e-6, 400, dtype=torch.float64)
         axes[0, 0].plot(k, floor_per_logsnr(run.loss, run.dataset, k), color=COLORS['floor'], ls='--', lw=1, label='floor')
     axes[0, 0].legend()
@@ -250,4 +252,43 @@ def plot_samples(run,           # a finished run
     scatter(scatter(axes[2], real), fake, color, title='both')
     for ax in axes: ax.set_xlabel('$x_1$')
     axes[0].set_ylabel('$x_2$')
+    return fig
+
+# %% ../nbs/97_plots.ipynb #94b4946b
+def show_images(ax,                   # where to draw
+                images: torch.Tensor, # bytes, shape (n, C, H, W)
+                columns: int = 10,    # images in a row
+                levels: int = 256,    # of a pixel
+                title: str = None,    # above them
+               ):                     # the axes
+    "Images side by side."
+    ax.imshow(image_grid(images, columns, levels), cmap='gray', vmin=0, vmax=255, interpolation='nearest')
+    ax.set_axis_off()
+    ax.set_title(title)
+    return ax
+
+def plot_noisy_images(images,    # an ImageSet
+                      schedule,  # an instance
+                      times=(0., 0.2, 0.4, 0.6, 0.8, 1.), # shown from left to right
+                      n: int = 4, # images
+                      seed: int = 0, # of the noise
+                     ):          # the figure
+    "Images as noise takes over, z = αx + σε."
+    x = scaled(images.test()[:n], images.levels)
+    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    fig, axes = plt.subplots(1, len(times), figsize=(1.25 * len(times), 1.2 * n))
+    for ax, level in zip(axes, (schedule.level(torch.tensor(t)) for t in times)):
+        z = (level.alpha * x + level.sigma * eps) / level.scale
+        show_images(ax, quantize(z, 256), 1, title=f'λ = {level.logsnr:.1f}')
+    return fig
+
+def plot_image_samples(run,           # a finished run on images
+                       n: int = 100,  # images of each
+                       columns: int = 10, # images in a row
+                      ):              # the figure
+    "Data and samples."
+    p = run.parameters
+    fig, axes = plt.subplots(1, 2, figsize=(8, 4.2))
+    show_images(axes[0], p.data.train()[:n], columns, p.levels, 'data')
+    show_images(axes[1], run.samples[:n], columns, p.levels, f'{p.target}, {p.weighting}: {p.sampler}, {p.sample_steps} steps')
     return fig

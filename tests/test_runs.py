@@ -275,10 +275,10 @@ def test_killed_with_all_options_and_resumed_is_bit_identical(death, tmp_path, o
 
 def test_what_is_kept_judged_and_sampled_is_the_average(optional, whole):
     p = optional.parameters
-    assert runs._validation(p)(optional.net)['loss'] == optional.metrics[-1]['loss'] != whole.metrics[-1]['loss']
+    assert p.validation()(optional.net)['loss'] == optional.metrics[-1]['loss'] != whole.metrics[-1]['loss']
     assert torch.equal(optional.sample(50, seed=0), optional.samples)
     loss, x = p.loss(), Tiny().train(0)
-    state = runs.TrainState(runs._new_network(p), p.lr, p.seed, **OPTIONS)
+    state = runs.TrainState(p.new_network(), p.lr, p.seed, **OPTIONS)
     for state in runs.train(state, loss, x, p.epochs, p.batch_size): pass
     for a, b, c in zip(optional.net.parameters(), state.average.parameters(), state.net.parameters(), strict=True): assert torch.equal(a, b) and not torch.equal(a, c)
 
@@ -287,7 +287,7 @@ def test_a_checkpoint_of_other_options_is_not_gone_on_with(tmp_path):
     "the folders differ, so it takes a moved file"
     p = small(**OPTIONS)
     work = folder_of(p, root=tmp_path).with_name(f'.{p.slug()}.partial'); work.mkdir(parents=True)
-    runs.TrainState(runs._new_network(small())).save(work / 'checkpoint.safetensors')
+    runs.TrainState(small().new_network()).save(work / 'checkpoint.safetensors')
     with pytest.raises(ValueError, match='it was made with ema None, not 0.8; clip None, not 0.3; warmup 0, not 6'): make_run(p, root=tmp_path)
 
 

@@ -1,0 +1,31 @@
+"""One run on images by several processes: accelerate launch --num_processes 2 tools/train_images.py -p target v
+
+The parameters are those of nbs/train_images.ipynb, which shows the run afterwards: the same parameters are the same run.
+"""
+import argparse
+import ast
+
+from lfdm.image_runs import ImageParameters
+from lfdm.runs import make_run, parameters_from, progress_bar
+
+
+def value(text):
+    "What a word stands for: a number, True, None, or itself."
+    try: return ast.literal_eval(text)
+    except (ValueError, SyntaxError): return text
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter of nbs/train_images.ipynb")
+    parser.add_argument("--study", default="train_images", help="the folder of runs/ for the record")
+    given = parser.parse_args()
+    parameters = parameters_from({name: value(text) for name, text in given.p}, ImageParameters)
+    try: from accelerate import Accelerator
+    except ImportError: raise SystemExit("several processes need accelerate: pip install 'lfdm[accelerate]'") from None
+    accelerator = Accelerator(cpu=parameters.device == "cpu")
+    run = make_run(parameters, given.study, progress=progress_bar() if accelerator.is_main_process else None, accelerator=accelerator)
+    if run: print(run)
+
+
+if __name__ == "__main__": main()
