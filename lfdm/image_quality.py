@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INCEPTION_FILE', 'INCEPTION_DIGEST', 'INCEPTION_DIMS', 'FEATURES_VERSION', 'DECODERS', 'moments', 'frechet_distance',
            'inception_file', 'inception', 'fid', 'FeatureNet', 'classifier_features', 'feature_net', 'feature_distance',
-           'classifier_view', 'discrete_reconstruction', 'ImageBound', 'image_bound', 'flow_bits_per_dim']
+           'classifier_view', 'discrete_reconstruction', 'ImageBound', 'image_bound', 'flow_bits_per_dim', 'stated']
 
 # %% ../nbs/92_image_quality.ipynb #f7e92eba
 import hashlib
@@ -393,3 +393,19 @@ def flow_bits_per_dim(denoiser,             # denoiser(z, level) -> (x̂, ε̂),
         found.append(-flow_log_prob(denoiser, dequantize(batch, levels, g).to(dtype), schedule, trace, rtol, atol, _fresh(g)))
         if progress: progress('flow', sum(map(len, found)), len(images))
     return bits_per_dim(torch.cat(found), images[0].numel()) + dequantization_bits(levels)
+
+# %% ../nbs/92_image_quality.ipynb #a7078bfc
+def stated(report: dict,   # of `fid`, `feature_distance` or `ImageBound.report`
+           *, sampler,     # what made the samples, e.g. 'ancestral'; None where there are none
+           steps,          # of the sampler; None where there are none
+           ema,            # decay of the averaged weights; None for the weights as they are
+           seed,           # of the samples or of the bound
+           **more,         # whatever else belongs to it
+          ) -> str:        # one line
+    "A measured number together with all it depends on."
+    if 'total' in report: text = f"{report['total']:.3f} ± {report['se']:.3f} bits/dim, n = {report['n']:,}"
+    else:
+        noise = f" (real images {report['noise']:.4g} ± {report['noise_sd']:.2g})" if 'noise' in report else ''
+        text = f"{report['measure']} {report['value']:.4g}{noise}, n = {report['n']:,} against {report['reference_n']:,} of {report['reference']}, {report['dims']} features, weights {report['weights']}"
+    given = {'sampler': sampler, 'steps': steps, 'EMA': 'none' if ema is None else ema, 'seed': seed} | more
+    return f"{text}; {', '.join(f'{k} {v}' for k, v in given.items() if v is not None)}"
