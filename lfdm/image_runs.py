@@ -105,9 +105,9 @@ class TrainedOnImages(ImageSettings):
         return _some(self.data.test(), self.judged).to(self.device)
 
     def validation(self, draws: int = 1, seed: int = 0) -> ValidationSet:
-        "The fixed validation set: each of these images at so many noise levels."
+        "The fixed validation set: each of these images at so many noise levels. Where the best denoiser is known it gives the excess too."
         x = dequantize(self.test_images().repeat(draws, 1, 1, 1), self.levels, seeded(seed, self.device))
-        return ValidationSet(self.loss(), x, bins=min(20, len(x)), seed=seed, others=OTHERS, chunk=256)
+        return ValidationSet(self.loss(), x, bins=min(20, len(x)), seed=seed, denoise=self.data.denoise if self.data.exact else None, others=OTHERS, chunk=256)
 
     def fit(self, state, loss, progress, accelerator=None):
         "Train, and yield the state after each epoch; progress counts images."
@@ -130,7 +130,7 @@ def judge_images(samples: torch.Tensor, # bytes, shape (n, C, H, W)
                 ) -> dict:              # measure -> what `feature_distance` and `fid` say
     "The distances that can be had: in features where the set has labels, FID where the Inception weights are."
     found = {}
-    if images.classes: found['feature_distance'] = feature_distance(samples, images, split='train')
+    if images.classes: found['feature_distance'] = feature_distance(samples, images)
     try: inception_file()
     except FileNotFoundError: return found
     return found | {'fid': fid(samples, images.train(), device=device, levels=images.levels, of=f'{images.name} train')}

@@ -374,15 +374,17 @@ def _train_into(work, parameters, progress, accelerator=None):
     loss = parameters.loss()
     state = TrainState(parameters.new_network(), parameters.lr, parameters.seed, **parameters.options(), schedules=[loss.schedule])
     if checkpoint.exists(): state.load(checkpoint)
-    saved = time.monotonic()
-    main = accelerator is None or accelerator.is_main_process
+    saved = start = time.monotonic()
+    first, main = state.epoch, accelerator is None or accelerator.is_main_process
     for state in parameters.fit(state, loss, progress, accelerator):
         if not main or state.epoch < parameters.epochs and time.monotonic() - saved < parameters.save_every: continue
         state.save(checkpoint)
         saved = time.monotonic()
     if not main: return
+    rate = round((state.epoch - first) * parameters.data.n_train / (time.monotonic() - start)) if state.epoch > first else None
     samples = parameters.generate(state.result, progress)
-    _record(work, parameters, state.result, state.history, samples, {'seconds': lambda: round(time.perf_counter() - began, 1)})
+    _record(work, parameters, state.result, state.history, samples, {'seconds': lambda: round(time.perf_counter() - began, 1), 'examples_per_second': rate,
+                                                                                   'processes': accelerator.num_processes if accelerator else 1})
 
 def _record(work, parameters, net, history, samples, environment):
     "Judge, and write the complete record of a trained network into its work folder."
