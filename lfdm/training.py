@@ -264,7 +264,7 @@ def train(state: TrainState,     # the state to go on from; changed in place
     epochs = number('epochs', epochs, low=0, integer=True)
     batch_size = number('batch_size', batch_size, low=1, integer=True)
     if batch_size > len(x): raise ValueError(f"batch_size {batch_size} is larger than the data: {len(x)} examples.")
-    net, g = forward or state.net, state.generators[0]
+    net, g = state.net if forward is None else forward, state.generators[0]   # a compiled network has no truth value
     rank, count = _share(accelerator, state, len(x), batch_size)
     if validation and not state.history: state.history.append({'epoch': 0} | validation(state.result))
     while state.epoch < epochs:
