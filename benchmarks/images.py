@@ -151,8 +151,9 @@ def main():
         contestants = {f"{name}, {form}": Contestant(build(), z, FORMATS[form], False) for name, build in nets.items() for form in FORMATS}
         if compiling: contestants |= {f"{name}, channels_last, compiled": Contestant(build(), z, torch.channels_last, True) for name, build in nets.items()}
         tables.append(table(f"{title}: {size}×{size}×{channels}, batch {batch}", contestants, batch, steps))
-    about = (f"Written by `benchmarks/images.py`: {'bfloat16 autocast' if DEVICE == 'cuda' else f'float32, {torch.get_num_threads()} threads'}, torch {torch.__version__.split('+')[0]}, "
-             f"{torch.cuda.get_device_name() if DEVICE == 'cuda' else platform.machine()}; medians of {ROUNDS} rounds, in turns. Only the ratios mean anything elsewhere.{missing}")
+    threads = torch.get_num_threads()
+    how = "bfloat16 autocast, " + torch.cuda.get_device_name() if DEVICE == "cuda" else f"float32, {threads} thread{'s' * (threads > 1)}, {platform.machine()}"
+    about = f"Written by `benchmarks/images.py`: {how}, torch {torch.__version__.split('+')[0]}; medians of {ROUNDS} rounds, in turns. Only the ratios mean anything elsewhere.{missing}"
     text = "# Training steps of the UNet\n\n" + "\n".join(tables) + f"\n{about}\n"
     print("\n\n" + text)
     Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
