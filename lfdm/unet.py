@@ -200,7 +200,7 @@ def _attending(attention, blocks):
     if max(numbers, default=0) >= blocks: raise ValueError(f"attention in block {max(numbers)}, but the blocks are numbered from 0 to {blocks - 1}.")
     return tuple(sorted(set(numbers)))
 
-# %% ../nbs/61_unet.ipynb #58a35ac5
+# %% ../nbs/61_unet.ipynb #9b04abff
 class UNet(nn.Module):
     "Down blocks, mid blocks, up blocks: net(z, u) -> ŷ of z's shape; thesis figure 4.5."
     def __init__(self,
@@ -238,6 +238,7 @@ class UNet(nn.Module):
                 u: torch.Tensor,  # (n,) cosine time of the noise level
                ) -> torch.Tensor: # (n, C, H, W) ŷ, z's dtype
         "The prediction ŷ."
+        if z.ndim != 4 or z.shape[1] != self.options['channels']: raise ValueError(f"this UNet takes images of shape (n, {self.options['channels']}, H, W), not {tuple(z.shape)}.")
         check_size(self.options, *z.shape[2:])
         time, x, kept = self.time(u), self.first(z), []
         for block in self.down:

@@ -214,6 +214,11 @@ def test_bad_types(bad):
     with pytest.raises(TypeError): tiny(**bad)
 
 
+@pytest.mark.parametrize('shape', [(3, 2), (3, 1, 8, 8), (2, 8, 8)])
+def test_data_that_are_no_such_images(shape):
+    with pytest.raises(ValueError, match=r'images of shape \(n, 2, H, W\), not \(' + str(shape[0])): tiny()(torch.zeros(shape), torch.zeros(shape[0]))
+
+
 @given(st.integers(0, 5), st.integers(1, 200), st.integers(1, 200))
 @settings(max_examples=200, deadline=None, derandomize=True, database=None)
 def test_sizes_are_taken_exactly_when_they_can_be_halved(halvings, height, width):
