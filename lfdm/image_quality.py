@@ -45,7 +45,7 @@ def moments(features, # shape (n, F), or its batches one after the other
     if n < 2: raise ValueError(f"a covariance needs at least 2 samples, not {n}.")
     return mean, scatter / (n - 1)
 
-# %% ../nbs/92_image_quality.ipynb #d5a6f794
+# %% ../nbs/92_image_quality.ipynb #9b7edf10
 def _gaussian(mean, cov):
     "A Gaussian's mean, and an A with AAᵀ the covariance."
     mean, cov = (torch.as_tensor(q, dtype=torch.float64, device='cpu').detach() for q in (mean, cov))
@@ -57,6 +57,7 @@ def _gaussian(mean, cov):
     if values[0] < -1e-6 * size: raise ValueError(f"a covariance has no negative eigenvalue; this one has {values[0]:.3g}.")
     return mean, vectors * values.where(values > len(values) * 2.**-52 * values[-1], 0.).sqrt()   # what is below the rounding of the largest is 0
 
+# %% ../nbs/92_image_quality.ipynb #300b2ff8
 def frechet_distance(mean_x, # shape (F,)
                      cov_x,  # shape (F, F); may be singular
                      mean_y, # shape (F,)
@@ -107,7 +108,7 @@ def inception(weights=None,           # a file; default: the one in torch's fold
     net.digest, net.dims = hashlib.sha256(content).hexdigest()[:8], dims
     return net.eval().to(device)
 
-# %% ../nbs/92_image_quality.ipynb #7b68a5b5
+# %% ../nbs/92_image_quality.ipynb #2ed4f45d
 def _check_images(name, images, levels=256, least=1, channels=None):
     "Refuse what is no set of images with values of 0 to levels - 1."
     if torch.is_tensor(images) and images.is_floating_point(): raise TypeError(f"{name} must be a uint8 tensor, not {images.dtype}: `quantize` of lfdm.images makes bytes of numbers in [-1, 1].")
@@ -117,6 +118,7 @@ def _check_images(name, images, levels=256, least=1, channels=None):
     if len(images) < least: raise ValueError(f"{name}: {len(images)} images are too few; at least {least} are needed.")
     if channels and images.shape[1] not in channels: raise ValueError(f"{name} must have {' or '.join(map(str, channels))} channels, not {images.shape[1]}.")
 
+# %% ../nbs/92_image_quality.ipynb #1c40f88f
 def _inception_features(net, images, levels, batch_size, progress, done, total):
     "Features batch by batch, as pytorch-fid makes them from image files."
     device = next(net.parameters()).device
@@ -127,6 +129,7 @@ def _inception_features(net, images, levels, batch_size, progress, done, total):
         done += len(batch)
         if progress: progress('fid', done, total)
 
+# %% ../nbs/92_image_quality.ipynb #21115775
 def fid(samples: torch.Tensor,   # generated images, uint8, shape (n, 1 or 3, H, W)
         reference: torch.Tensor, # real images, uint8, shape (m, 1 or 3, H', W')
         weights=None,            # a file; default: the one in torch's folder of downloads
@@ -148,7 +151,7 @@ def fid(samples: torch.Tensor,   # generated images, uint8, shape (n, 1 or 3, H,
     return {'measure': 'FID' if official else f'Fréchet distance in {dims} Inception features of weights {net.digest}', 'value': frechet_distance(*x, *y),
             'n': len(samples), 'reference': of, 'reference_n': len(reference), 'weights': net.digest, 'dims': dims}
 
-# %% ../nbs/92_image_quality.ipynb #4a666e0d
+# %% ../nbs/92_image_quality.ipynb #11156dad
 class FeatureNet(nn.Module):
     "A small classifier of images; the layer before its last one gives the features."
     def __init__(self,
@@ -172,6 +175,7 @@ class FeatureNet(nn.Module):
         "The layer before the last, in units in which the features of the training images have a total variance of 1."
         return self.body(x) / self.scale
 
+# %% ../nbs/92_image_quality.ipynb #fc4ab684
 def _digest(net):
     "Eight hex digits of a network's weights."
     h = hashlib.sha256()
@@ -191,7 +195,7 @@ def classifier_features(net: FeatureNet,      # the classifier, on any device
     _check_images('images', images, levels, 1, (net.body[0].in_channels,))
     with torch.no_grad(): return torch.cat([net.features(x).cpu() for x in _batches(images, levels, net)])
 
-# %% ../nbs/92_image_quality.ipynb #caf1856f
+# %% ../nbs/92_image_quality.ipynb #14220336
 @contextmanager
 def _one_thread():
     "One thread, and torch's random state as it was."
@@ -205,6 +209,7 @@ def _accuracy(net, images, labels, levels):
     with torch.no_grad(): right = sum((net(x).argmax(1) == y).sum().item() for x, y in zip(_batches(images, levels, net), labels.split(256)))
     return right / len(labels)
 
+# %% ../nbs/92_image_quality.ipynb #8e8e2c8b
 def _trained(dataset, seed, steps):
     "A classifier trained on a set's labels."
     images, labels, g = dataset.train(), dataset.labels('train'), seeded(seed)
@@ -244,7 +249,7 @@ def feature_net(dataset,          # an ImageSet with labels
     net.name, net.digest = name, _digest(net)
     return net
 
-# %% ../nbs/92_image_quality.ipynb #d8298885
+# %% ../nbs/92_image_quality.ipynb #bbe2b117
 def _read_features(path, facts):
     "The classifier in a file, or None if that is not there, damaged or of other settings."
     try:
@@ -258,6 +263,7 @@ def _read_features(path, facts):
     net.accuracy = accuracy
     return net.eval()
 
+# %% ../nbs/92_image_quality.ipynb #ebef9743
 def _write_features(path, net, facts):
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f'.{path.name}.{os.getpid()}')
@@ -266,7 +272,7 @@ def _write_features(path, net, facts):
         os.replace(draft, path)
     finally: draft.unlink(missing_ok=True)
 
-# %% ../nbs/92_image_quality.ipynb #44fb02e0
+# %% ../nbs/92_image_quality.ipynb #88e5f435
 def _as_images(samples, dataset):
     "Generated images as the set's own are: uint8."
     if torch.is_tensor(samples) and samples.is_floating_point():
@@ -276,6 +282,7 @@ def _as_images(samples, dataset):
     if samples.shape[1:] != tuple(dataset.shape): raise ValueError(f"samples have shape {tuple(samples.shape[1:])}, the images of {dataset.name!r} {tuple(dataset.shape)}.")
     return samples
 
+# %% ../nbs/92_image_quality.ipynb #4f4010dd
 def feature_distance(samples: torch.Tensor,   # generated images, uint8 or floats in [-1, 1], shape (n, C, H, W)
                      dataset,                 # the ImageSet they imitate
                      net: FeatureNet = None,  # default: the set's own, trained if need be
@@ -329,7 +336,7 @@ def discrete_reconstruction(images: torch.Tensor, # b: uint8, shape (n, C, H, W)
         total += (log_sum + 0.5 * eps**2).flatten(1).sum(1) / draws
     return total
 
-# %% ../nbs/92_image_quality.ipynb #1b3eb461
+# %% ../nbs/92_image_quality.ipynb #1725b2b6
 class ImageBound(NamedTuple):
     "The bound on -log₂ P(b) and its terms, per image and in bits per dimension."
     prior: torch.Tensor          # how much of the image the noisy end still knows
@@ -341,6 +348,7 @@ class ImageBound(NamedTuple):
     def report(self): "Means, and the total with its standard error over the images."; return {k: getattr(self, k).mean().item() for k in ('prior', 'diffusion', 'reconstruction')} | {
         'offset': self.offset, 'total': self.total.mean().item(), 'se': self.total.std().item() / len(self.total)**0.5 if len(self.total) > 1 else math.nan, 'n': len(self.total)}
 
+# %% ../nbs/92_image_quality.ipynb #6b37ba52
 DECODERS = ('gaussian', 'discrete')
 
 def _chunks(images, batch_size):
@@ -349,6 +357,7 @@ def _chunks(images, batch_size):
 
 def _fresh(g): return torch.randint(2**62, (), generator=g, device=g.device).item()
 
+# %% ../nbs/92_image_quality.ipynb #1fe83b8f
 def image_bound(denoiser,             # denoiser(z, level) -> (x̂, ε̂)
                 images: torch.Tensor, # uint8, shape (n, C, H, W)
                 levels: int = 256,    # L, a pixel's values

@@ -89,8 +89,8 @@ def nelbo(denoiser,        # denoiser(z, level) -> (x̂, ε̂)
         with torch.no_grad(): eps_hat = denoiser(expand(level.alpha, x) * x + expand(level.sigma, x) * eps, level)[1]
         error, size = weight * square(eps - eps_hat), square(eps) - dims
         if not error.isfinite().all(): raise FloatingPointError(f"the noise error is not finite at logsnr {logsnr[~error.isfinite()][0]:.4g}.")
-        product = error * size
-        slope = (product.sum() - product) / (2 * dims * max(len(x) - 1, 1))   # fitted on the other examples: no bias
+        others, product, errors, sizes = max(len(x) - 1, 1), error * size, error.sum() - error, size.sum() - size
+        slope = (product.sum() - product - errors * sizes / others) / (2 * dims * others)   # their covariance over 2D, of the other examples: no bias
         diffusion += (error - slope * size) / draws
     prior = prior_kl(x, schedule.level_at(torch.tensor(schedule.logsnr_min, dtype=torch.float64)))
     return Bound(prior, diffusion, torch.full_like(prior, dims / 2 * (math.log(2 * math.pi * math.e) - schedule.logsnr_max)))

@@ -336,3 +336,14 @@ def test_a_bound_that_is_not_finite_is_neither_hidden_nor_catching():
     try: got = nelbo(broken, data(6, 2), draws=3).diffusion
     except FloatingPointError as e: assert 'logsnr' in str(e)
     else: assert got[1].isnan() and not got[[0, 2, 3, 4, 5]].isnan().any(), "one broken example makes the bounds of all the others nan"
+
+
+@pytest.mark.parametrize('dims', [2, 300])
+def test_the_control_variate_helps_in_any_dimension(dims):
+    "A denoiser that knows no noise: without control the diffusion term scatters as ‖ε‖², which has variance 2D."
+    zero = lambda z, level: (z, torch.zeros_like(z))
+    x, width, draws = torch.zeros(40, dims, dtype=f64), 10., 4
+    found = torch.stack([nelbo(zero, x, CosineSchedule(-5, 5), draws=draws, seed=seed).diffusion for seed in range(40)])
+    free = width / 2 * (2 * dims / draws)**0.5
+    assert found.std() < free / 2 and found.mean(1).std() < free / 40**0.5 / 2    # one example, and the mean of 40
+    assert abs(found.mean() - width / 2 * dims) < 4 * found.mean(1).std() / 40**0.5
