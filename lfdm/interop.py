@@ -49,7 +49,7 @@ class BetasSchedule(DDPMSchedule):
     @property
     def betas(self): "β_1 to β_T, float64."; return self._betas
 
-# %% ../nbs/45_interop.ipynb #545b9e54
+# %% ../nbs/45_interop.ipynb #0134563f
 def from_diffusers(scheduler,                # a diffusers scheduler with a chain of noise levels, or FlowMatchEulerDiscreteScheduler without a shift
                    logsnr_max: float = 12.9, # λ_0, where sampling ends; inf: the data themselves, as in diffusers
                   ) -> tuple:                # (schedule, target); raises ImportError, TypeError or ValueError
@@ -62,11 +62,11 @@ def from_diffusers(scheduler,                # a diffusers scheduler with a chai
         raise ValueError(f"{name} has no chain of noise levels: expected one with betas and alphas_cumprod, such as {', '.join(KINDS[:3])}.")
     target = TARGETS[lookup(PREDICTIONS, config.get('prediction_type'), 'prediction_type')]()
     if config.get('rescale_betas_zero_snr') or (scheduler.alphas_cumprod <= 0).any():
-        raise ValueError(f"the last level of this {name} has no signal (zero terminal SNR): one step in {len(scheduler.alphas_cumprod)} lies at logsnr -inf, which a schedule cannot express. "
-                         "For all levels but that: BetasSchedule(scheduler.betas[:-1]).")
+        raise ValueError(f"the last level of this {name} has no signal (zero terminal SNR): one step in {len(scheduler.alphas_cumprod)} lies at logsnr -inf, which a schedule cannot express."
+                         + " For all levels but that: BetasSchedule(scheduler.betas[:-1])." * bool(scheduler.betas[-1] == 1))
     return _chain(scheduler, logsnr_max), target
 
-# %% ../nbs/45_interop.ipynb #3ac377a5
+# %% ../nbs/45_interop.ipynb #87e08cdc
 def _chain(scheduler, logsnr_max):
     "The scheduler's levels: by name if they are what the name says, else by its β, else by its ᾱ."
     config, betas = scheduler.config, scheduler.betas.detach().cpu()
@@ -76,7 +76,7 @@ def _chain(scheduler, logsnr_max):
         return BetasSchedule(1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]]), logsnr_max)
     schedule, name = BetasSchedule(betas, logsnr_max), BETA_SCHEDULES.get(config.get('beta_schedule'))
     if config.get('trained_betas') is not None or name is None: return schedule
-    ends = {} if name == 'cosine' else dict(beta_min=schedule.beta_min, beta_max=schedule.beta_max) | dict(beta_min=config['beta_start'], beta_max=config['beta_end'])
+    ends = {} if name == 'cosine' else dict(beta_min=config['beta_start'], beta_max=config['beta_end'])
     named = DDPMSchedule(None, logsnr_max, schedule.T, beta=name, **ends) if ends.get('beta_min', 0) <= ends.get('beta_max', 1) else schedule
     return named if torch.allclose(named.betas, schedule.betas, rtol=1e-5, atol=0) else schedule
 
@@ -112,7 +112,7 @@ def to_diffusers(schedule='cosine',       # what preserves variance: name, class
     if alpha_bar[-1] <= 0: raise ValueError(f"the last step of {schedule!r} at T = {T}, to logsnr {logsnr[-1]:.4g}, is pure noise in diffusers' float32. Choose a larger T, or a larger logsnr_min.")
     return scheduler
 
-# %% ../nbs/45_interop.ipynb #22ca70d1
+# %% ../nbs/45_interop.ipynb #24746fa9
 def _kind(kind):
     "The scheduler class that a name or a class stands for."
     diffusers = _diffusers()
@@ -137,7 +137,7 @@ def _levels(schedule, T):
 def _named(schedule, logsnr):
     "The β, by name if they have one in diffusers."
     names = {v: k for k, v in BETA_SCHEDULES.items()}
-    if not isinstance(schedule, DDPMSchedule) or schedule.beta not in names: return dict(trained_betas=_betas(logsnr).tolist())
+    if type(schedule) is not DDPMSchedule or schedule.beta not in names: return dict(trained_betas=_betas(logsnr).tolist())
     return dict(beta_schedule=names[schedule.beta], beta_start=schedule.beta_min, beta_end=schedule.beta_max)
 
 # %% ../nbs/45_interop.ipynb #dc557da8

@@ -14,6 +14,7 @@ from diffusers.training_utils import compute_snr  # noqa: E402
 from lfdm.core import seeded  # noqa: E402
 from lfdm.discrete import DDPMSchedule, DiscreteSchedule  # noqa: E402
 from lfdm.interop import BETA_SCHEDULES, KINDS, PREDICTIONS, BetasSchedule, as_network, as_unet, from_diffusers, to_diffusers  # noqa: E402
+from lfdm.likelihood import nelbo  # noqa: E402
 from lfdm.losses import DiffusionLoss, predict  # noqa: E402
 from lfdm.sampling import sampling  # noqa: E402
 from lfdm.schedules import SCHEDULES, Level, network_time  # noqa: E402
@@ -104,6 +105,14 @@ def test_betas_without_a_name_here_and_levels_without_betas():
                                atol=1e-3, rtol=0)
 
 
+def test_a_name_that_the_betas_do_not_bear_out():
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=10)
+    scheduler.betas = torch.linspace(0.1, 0.3, 10)
+    scheduler.alphas_cumprod = (1 - scheduler.betas).cumprod(0)
+    schedule, _ = from_diffusers(scheduler)
+    assert type(schedule) is BetasSchedule and torch.equal(schedule.betas.float(), scheduler.betas)
+
+
 def test_flow_matching_is_the_straight_line():
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
     schedule, target = from_diffusers(scheduler)
@@ -135,9 +144,10 @@ def test_noisy_data_velocity_and_snr_are_theirs(b, seed):
 
 
 @few
-@given(st.integers(1, 999), predictions, seeds)
+@given(st.integers(0, 999), predictions, seeds)
 def test_a_step_of_ddpm_and_one_of_ddim_are_theirs(k, prediction, seed):
-    schedule = DDPMSchedule()
+    "The last one, at k = 0, too: to the data, at λ = ∞."
+    schedule = DDPMSchedule(logsnr_max=math.inf)
     s, t = (Level(*(q.float() for q in schedule.level(torch.tensor(i / 1000, dtype=f64)))) for i in (k, k + 1))
     z, y_hat = torch.randn(2, 3, 2, 4, 4, generator=seeded(seed))
     for kind, ours in (('DDPMScheduler', ancestral_step), ('DDIMScheduler', ddim_step)):
@@ -248,6 +258,25 @@ def test_halved_networks_keep_their_timesteps():
     assert torch.equal(net.timestep(network_time(DDPMSchedule().logsnr(times(1000))).float()), torch.arange(1000))
 
 
+def test_the_bound_of_their_network():
+    "The other witness adds up the T levels by hand, with diffusers' noisy data and its ε̂ of a velocity."
+    class Linear(torch.nn.Module):
+        def forward(self, sample, timestep): return type('Output', (), dict(sample=0.3 * sample + 0.5 * timestep.reshape(-1, 1)))
+    scheduler, net, x, g = ddpm([0.2, 0.3, 0.4, 0.5], 'v_prediction'), Linear(), torch.tensor([[0.5, -1.], [1.5, 0.3]]), seeded(0)
+    schedule, target = from_diffusers(scheduler, logsnr_max=3.)
+    total, draws, snr = 0., 3000, scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
+    for k in range(4):
+        eps, ks = torch.randn(draws, 2, 2, generator=g), torch.full((draws,), k)
+        for n in range(2):
+            z = scheduler.add_noise(x[n].expand(draws, 2), eps[:, n], ks)
+            a = scheduler.alphas_cumprod[k]
+            eps_hat = (1 - a)**0.5 * z + a**0.5 * net(z, ks).sample
+            before = math.exp(3.) if k == 0 else snr[k - 1].item()
+            total += 0.5 * (before / snr[k].item() - 1) * (eps[:, n] - eps_hat).square().sum(1).mean().item() / 2
+    bound = nelbo(network_denoiser(as_network(net, schedule), target), x.repeat(200, 1), schedule, draws=100)
+    assert abs(bound.diffusion.mean().item() / total - 1) < 0.03, (bound.diffusion.mean().item(), total)
+
+
 # --- what has no counterpart
 
 @pytest.mark.parametrize('kind', ['DDPMScheduler', 'DDIMScheduler', 'EulerDiscreteScheduler'])
@@ -257,6 +286,18 @@ def test_zero_terminal_snr_is_refused_and_the_advice_works(kind):
     rest = BetasSchedule(scheduler.betas[:-1])
     torch.testing.assert_close(rest.alpha(times(999)).float()[:900]**2, scheduler.alphas_cumprod[:900], rtol=1e-4, atol=0)
     with pytest.raises(ValueError, match='beta_1000 of 1000 is 1'): BetasSchedule(scheduler.betas)
+
+
+def test_no_advice_where_the_betas_are_not_the_levels():
+    with pytest.raises(ValueError, match='zero terminal SNR') as e: from_diffusers(diffusers.CogVideoXDDIMScheduler(rescale_betas_zero_snr=True))
+    assert 'BetasSchedule' not in str(e.value)
+
+
+def test_a_subclass_is_taken_by_its_own_betas():
+    class Constant(DDPMSchedule):
+        @property
+        def betas(self): return torch.full((self.T,), 0.1, dtype=f64)
+    torch.testing.assert_close(to_diffusers(Constant(T=20)).betas, torch.full((20,), 0.1))
 
 
 @pytest.mark.parametrize('bad, message', [
