@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INCEPTION_FILE', 'INCEPTION_DIGEST', 'INCEPTION_DIMS', 'FEATURES_VERSION', 'DECODERS', 'moments', 'frechet_distance',
            'inception_file', 'inception', 'fid', 'FeatureNet', 'classifier_features', 'feature_net', 'feature_distance',
-           'classifier_view', 'discrete_reconstruction', 'ImageBound', 'image_bound', 'flow_bits_per_dim']
+           'classifier_view', 'discrete_reconstruction', 'ImageBound', 'image_bound', 'flow_bits_per_dim', 'stated']
 
 # %% ../nbs/92_image_quality.ipynb #f7e92eba
 import hashlib
@@ -266,7 +266,7 @@ def _write_features(path, net, facts):
         os.replace(draft, path)
     finally: draft.unlink(missing_ok=True)
 
-# %% ../nbs/92_image_quality.ipynb #80bccbfc
+# %% ../nbs/92_image_quality.ipynb #44fb02e0
 def _as_images(samples, dataset):
     "Generated images as the set's own are: uint8."
     if torch.is_tensor(samples) and samples.is_floating_point():
@@ -277,22 +277,25 @@ def _as_images(samples, dataset):
     return samples
 
 def feature_distance(samples: torch.Tensor,   # generated images, uint8 or floats in [-1, 1], shape (n, C, H, W)
-                     dataset,                 # the ImageSet they imitate; its test images are the reference
+                     dataset,                 # the ImageSet they imitate
                      net: FeatureNet = None,  # default: the set's own, trained if need be
-                     n: int = None,           # samples compared at a time; default: all, but at most half as many as there are training images
+                     n: int = None,           # samples compared at a time; default: all, but at most half as many as there are real images for the noise floor
+                     split: str = 'test',     # the reference, 'test' or 'train'; the noise floor is that of the other one's images
                      repeats: int = 20,       # random choices of n images
                      seed: int = 0,           # of these
                     ) -> dict:                # measure, value, sd, noise, noise_sd, n, reference, reference_n, weights, dims, accuracy; raises TypeError or ValueError
     "The Fréchet distance in a classifier's features, beside that of as many real images; thesis (4.6)."
-    samples = _as_images(samples, dataset)
-    n = number('n', min(len(samples), dataset.n_train // 2) if n is None else n, low=2, high=min(len(samples), dataset.n_train), integer=True)
+    samples, splits = _as_images(samples, dataset), {'train': dataset.train, 'test': dataset.test}
+    reference = lookup(splits, split, 'split')()
+    real = splits['train' if split == 'test' else 'test']()
+    n = number('n', min(len(samples), len(real) // 2) if n is None else n, low=2, high=min(len(samples), len(real)), integer=True)
     net, g, repeats = net or feature_net(dataset), seeded(seed), number('repeats', repeats, low=2, integer=True)
-    x, real, reference = (classifier_features(net, images, dataset.levels) for images in (samples, dataset.train(), dataset.test()))
-    reference = moments(reference)
-    far = lambda y: torch.tensor([frechet_distance(*moments(y[torch.randperm(len(y), generator=g)[:n]]), *reference) for _ in range(repeats)])
+    x, real, y = (classifier_features(net, images, dataset.levels) for images in (samples, real, reference))
+    y = moments(y)
+    far = lambda x: torch.tensor([frechet_distance(*moments(x[torch.randperm(len(x), generator=g)[:n]]), *y) for _ in range(repeats)])
     value, noise = far(x), far(real)
     return {'measure': f'Fréchet distance in the features of a classifier of {dataset.name}', 'value': value.mean().item(), 'sd': value.std().item(), 'noise': noise.mean().item(),
-            'noise_sd': noise.std().item(), 'n': n, 'reference': f'{dataset.name} test', 'reference_n': dataset.n_test, 'weights': net.digest, 'dims': x.shape[1], 'accuracy': net.accuracy}
+            'noise_sd': noise.std().item(), 'n': n, 'reference': f'{dataset.name} {split}', 'reference_n': len(reference), 'weights': net.digest, 'dims': x.shape[1], 'accuracy': net.accuracy}
 
 # %% ../nbs/92_image_quality.ipynb #dd319a73
 def classifier_view(images: torch.Tensor,   # uint8 or floats in [-1, 1], shape (n, C, H, W)
@@ -390,3 +393,19 @@ def flow_bits_per_dim(denoiser,             # denoiser(z, level) -> (x̂, ε̂),
         found.append(-flow_log_prob(denoiser, dequantize(batch, levels, g).to(dtype), schedule, trace, rtol, atol, _fresh(g)))
         if progress: progress('flow', sum(map(len, found)), len(images))
     return bits_per_dim(torch.cat(found), images[0].numel()) + dequantization_bits(levels)
+
+# %% ../nbs/92_image_quality.ipynb #a7078bfc
+def stated(report: dict,   # of `fid`, `feature_distance` or `ImageBound.report`
+           *, sampler,     # what made the samples, e.g. 'ancestral'; None where there are none
+           steps,          # of the sampler; None where there are none
+           ema,            # decay of the averaged weights; None for the weights as they are
+           seed,           # of the samples or of the bound
+           **more,         # whatever else belongs to it
+          ) -> str:        # one line
+    "A measured number together with all it depends on."
+    if 'total' in report: text = f"{report['total']:.3f} ± {report['se']:.3f} bits/dim, n = {report['n']:,}"
+    else:
+        noise = f" (real images {report['noise']:.4g} ± {report['noise_sd']:.2g})" if 'noise' in report else ''
+        text = f"{report['measure']} {report['value']:.4g}{noise}, n = {report['n']:,} against {report['reference_n']:,} of {report['reference']}, {report['dims']} features, weights {report['weights']}"
+    given = {'sampler': sampler, 'steps': steps, 'EMA': 'none' if ema is None else ema, 'seed': seed} | more
+    return f"{text}; {', '.join(f'{k} {v}' for k, v in given.items() if v is not None)}"

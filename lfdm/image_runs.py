@@ -38,7 +38,7 @@ def image_set(name: str,        # a name in IMAGES, with options if any: 'folder
 def content_of(images,  # an ImageSet
               ) -> str: # 'CxHxW, k values, digest'
     "What a set of images is, in words."
-    return f"{'x'.join(map(str, images.shape))}, {images.levels} values, {images.digest}"
+    return f"{'x'.join(map(str, images.shape))}, {images.levels} values, {images.digest}{', compressed with loss' * images.lossy}"
 
 # %% ../nbs/98_image_runs.ipynb #919962e0
 @dataclass(frozen=True)
@@ -136,13 +136,14 @@ def _some(images, n):
 def judge_images(samples: torch.Tensor, # bytes, shape (n, C, H, W)
                  images,                # the ImageSet they imitate
                  device='cpu',          # where to compute
+                 progress=None,         # called as progress(phase, done, total)
                 ) -> dict:              # measure -> what `feature_distance` and `fid` say
     "The distances that can be had: in features where the set has labels, FID where the Inception weights are."
     found = {}
     if images.classes: found['feature_distance'] = feature_distance(samples, images)
     try: inception_file()
     except FileNotFoundError: return found
-    return found | {'fid': fid(samples, images.train(), device=device, levels=images.levels, of=f'{images.name} train')}
+    return found | {'fid': fid(samples, images.train(), device=device, progress=progress, levels=images.levels, of=f'{images.name} train')}
 
 # %% ../nbs/98_image_runs.ipynb #3e8d058d
 @dataclass(frozen=True)
@@ -150,18 +151,18 @@ class ImageParameters(TrainedOnImages):
     "The parameters of one run on images, and how it is made."
     def generate(self, net, progress) -> torch.Tensor:
         "Samples of the trained network, as bytes."
-        x = sample(network_denoiser(computed(net, self.precision), self.target), self.n_samples, self.shape, self.sample_steps, self.loss().schedule, self.sampler, self.seed,
+        x = sample(network_denoiser(computed(net, self.precision, self.compiled), self.target), self.n_samples, self.shape, self.sample_steps, self.loss().schedule, self.sampler, self.seed,
                    chunk=100 if self.device == 'cpu' else 1000, device=self.device, progress=lambda *a: progress('sample', *a))
         if not x.isfinite().all(): raise FloatingPointError(f"samples are not finite ({self.loss()!r}, {self.sampler}): lower lr, narrow the logsnr range, or choose another sampler.")
         return quantize(x, self.levels).cpu()
 
-    def judge(self, net, samples) -> dict:
+    def judge(self, net, samples, progress) -> dict:
         "The final numbers: losses, bits/dim, distances with their noise floors."
         report = self.validation(draws=16, seed=1)(net)
         denoiser = network_denoiser(net, self.target, within=(self.logsnr_min, self.logsnr_max))
-        bound = image_bound(denoiser, self.test_images(), self.levels, self.loss().schedule, draws=32, seed=1)
+        bound = image_bound(denoiser, self.test_images(), self.levels, self.loss().schedule, draws=32, seed=1, progress=progress)
         return {k: v for k, v in report.items() if not isinstance(v, list)} | {'bits_per_dim': bound.report(), 'weights': sum(p.numel() for p in net.parameters()),
-                                                                               'distances': judge_images(samples, self.data, self.device)}
+                                                                               'distances': judge_images(samples, self.data, self.device, progress)}
 
     def stored(self, samples) -> np.ndarray:
         "Samples as they are kept."

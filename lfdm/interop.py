@@ -66,10 +66,11 @@ def from_diffusers(scheduler,                # a diffusers scheduler with a chai
                          "For all levels but that: BetasSchedule(scheduler.betas[:-1]).")
     return _chain(scheduler, logsnr_max), target
 
-# %% ../nbs/45_interop.ipynb #76ce224f
+# %% ../nbs/45_interop.ipynb #3ac377a5
 def _chain(scheduler, logsnr_max):
     "The scheduler's levels: by name if they are what the name says, else by its β, else by its ᾱ."
-    config, betas, alpha_bar = scheduler.config, scheduler.betas.detach().cpu(), scheduler.alphas_cumprod.detach().cpu()
+    config, betas = scheduler.config, scheduler.betas.detach().cpu()
+    alpha_bar = scheduler.alphas_cumprod.detach().to(betas)
     if not torch.allclose((1 - betas).cumprod(0), alpha_bar, rtol=1e-5, atol=0):
         alpha_bar = alpha_bar.double()
         return BetasSchedule(1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]]), logsnr_max)
@@ -85,7 +86,7 @@ def _flow(config):
         raise ValueError(f"a shift of {config['shift']:g}{' that depends on the image' * bool(config['use_dynamic_shifting'])} moves every logsnr by -2 log(shift), which no schedule here does. Only shift=1 is rectified_flow.")
     return RectifiedFlowSchedule(), TARGETS['flow']()
 
-# %% ../nbs/45_interop.ipynb #06b43eaf
+# %% ../nbs/45_interop.ipynb #3e64f1f9
 def _betas(logsnr):
     "β_1 to β_T of a chain of levels λ_1 > ... > λ_T, in float64."
     log_alpha_bar = -torch.nn.functional.softplus(-logsnr.double())
@@ -105,8 +106,10 @@ def to_diffusers(schedule='cosine',       # what preserves variance: name, class
     known = inspect.signature(kind).parameters
     given = dict(clip_sample=False, timestep_spacing='trailing', prediction_type=prediction, num_train_timesteps=T) | _named(schedule, logsnr)
     scheduler = kind(**{k: v for k, v in given.items() if k in known} | options)
-    if not (scheduler.alphas_cumprod.diff(prepend=torch.ones(1)) < 0).all():
+    alpha_bar = scheduler.alphas_cumprod
+    if not (alpha_bar.diff(prepend=torch.ones(1)) < 0).all():
         raise ValueError(f"{schedule!r} at T = {T} has levels that diffusers' float32 cannot tell apart: the first is logsnr {logsnr[0]:.4g}. Choose a smaller T, or a smaller logsnr_max.")
+    if alpha_bar[-1] <= 0: raise ValueError(f"the last step of {schedule!r} at T = {T}, to logsnr {logsnr[-1]:.4g}, is pure noise in diffusers' float32. Choose a larger T, or a larger logsnr_min.")
     return scheduler
 
 # %% ../nbs/45_interop.ipynb #22ca70d1

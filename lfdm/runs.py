@@ -175,7 +175,7 @@ class Parameters(RunParameters):
         return sample(network_denoiser(net, self.target), self.n_samples, self.shape, self.sample_steps, self.loss().schedule, self.sampler, self.seed, device=self.device,
                       progress=lambda *a: progress('sample', *a)).cpu()
 
-    def judge(self, net, samples) -> dict:
+    def judge(self, net, samples, progress) -> dict:
         "The final numbers: test loss, floor and excess, and distances with their noise floors."
         loss, data = self.loss(), self.data
         report = ValidationSet(loss, data.test(self.seed).to(self.device), seed=1, denoise=data.denoise if data.exact else None, others=OTHERS)(net)
@@ -383,15 +383,15 @@ def _train_into(work, parameters, progress, accelerator=None):
     if not main: return
     rate = round((state.epoch - first) * parameters.data.n_train / (time.monotonic() - start)) if state.epoch > first else None
     samples = parameters.generate(state.result.eval(), progress)
-    _record(work, parameters, state.result, state.history, samples, {'seconds': lambda: round(time.perf_counter() - began, 1), 'examples_per_second': rate,
+    _record(work, parameters, state.result, state.history, samples, progress, {'seconds': lambda: round(time.perf_counter() - began, 1), 'examples_per_second': rate,
                                                                                    'processes': accelerator.num_processes if accelerator else 1})
 
-def _record(work, parameters, net, history, samples, environment):
+def _record(work, parameters, net, history, samples, progress, environment):
     "Judge, and write the complete record of a trained network into its work folder."
     np.savez_compressed(work / 'samples.npz', samples=parameters.stored(samples))
     save_file({k: v.cpu().contiguous() for k, v in net.state_dict().items()}, work / 'model.safetensors')
     (work / 'metrics.jsonl').write_text(''.join(json.dumps(m) + '\n' for m in history))
-    _write_json(work / 'summary.json', parameters.judge(net, samples))
+    _write_json(work / 'summary.json', parameters.judge(net, samples, progress))
     _write_json(work / 'params.json', ({} if parameters.kind == 'points' else {'kind': parameters.kind}) | {'parameters': dataclasses.asdict(parameters), 'results_version': RESULTS_VERSION,
                                        'environment': _versions() | {k: v() if callable(v) else v for k, v in environment.items()}})
     for f in sorted(work.iterdir(), key=lambda f: f.name == 'checkpoint.safetensors'):   # the checkpoint last; safetensors leaves a .tmp file when killed
@@ -401,7 +401,7 @@ def _record(work, parameters, net, history, samples, environment):
 def progress_bar():  # a callback for make_run
     "A progress bar for each phase of a run."
     from tqdm import tqdm
-    units, bars = {'train': 'epoch', 'sample': 'step', 'stack': 'stack', 'images': 'image'}, {}
+    units, bars = {'train': 'epoch', 'sample': 'step', 'stack': 'stack', 'images': 'image', 'bound': 'image', 'fid': 'image'}, {}
     def progress(phase, done, total):
         if phase not in bars or done < bars[phase].n: bars[phase] = tqdm(total=total, initial=done, desc=f'{phase:>6}', unit=units.get(phase, 'it'), mininterval=1, ncols=80)
         bars[phase].update(done - bars[phase].n)
@@ -492,7 +492,7 @@ def _make_stack(batch, study, root, progress):
                     diverged[p] = next((r['epoch'] for r in history if 'diverged' in r), p.epochs); continue
                 work = folder.with_name(f'.{folder.name}.partial'); work.mkdir(exist_ok=True)
                 if not folder.exists():
-                    _record(work, p, state.result.network(m), history, samples[m], {'seconds': seconds, 'stacked': len(batch)})
+                    _record(work, p, state.result.network(m), history, samples[m], progress, {'seconds': seconds, 'stacked': len(batch)})
                     os.replace(work, folder)
             checkpoint.unlink(missing_ok=True)
             for f in folders: f.with_name(f'.{f.name}.lock').unlink(missing_ok=True)

@@ -247,9 +247,9 @@ class UNet(nn.Module):
         for block in self.up: x = block(x, kept.pop(), time)
         return self.last(x).to(z.dtype)
 
-# %% ../nbs/61_unet.ipynb #6bd6e838
+# %% ../nbs/61_unet.ipynb #ca8ecef7
 UNETS = {   # name -> options of UNet
-    'small':  dict(width=8, multipliers='1, 2, 4, 4', layers=1, halvings=3, attention='mid', mid=1),
+    'small':  dict(width=16, multipliers='1, 1, 2', layers=1, halvings=2, attention='mid', mid=1),
     'thesis': dict(width=64, multipliers='1, 2, 3, 4', layers=6, halvings=4, attention='all', mid=3, heads=4),
     'ddpm':   dict(width=128, multipliers='1, 2, 2, 2', layers=2, halvings=3, attention='1', mid=3),
 }
