@@ -303,7 +303,7 @@ def load_run(folder,     # the run's folder
     if missing: raise ValueError(f"run {folder} is damaged: {', '.join(missing)} missing. Move the folder away and make the run again.")
     def read(name, reader):
         try: return reader(folder / name)
-        except Exception as e: raise ValueError(f"run {folder} cannot be read: {name}: {e}. Move the folder away and make the run again.") from e
+        except Exception as e: raise ValueError(f"run {folder} cannot be read: {name}: {' '.join(str(e).split())[:400]}. Move the folder away and make the run again.") from e
     parameters, environment = read('params.json', _read_params)
     metrics = read('metrics.jsonl', lambda path: _read_metrics(path, parameters.epochs))
     summary = read('summary.json', _read_summary)
@@ -352,7 +352,7 @@ def make_run(parameters: RunParameters, # what to run
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(lock, timeout=0) if main else nullcontext():
                 if accelerator or not folder.exists():
-                    work.mkdir(exist_ok=True)
+                    if main: work.mkdir(exist_ok=True)   # a late process would make it anew after the renaming
                     if not (complete or _complete(work)): _train_into(work, parameters, progress or _quiet, accelerator)
                     if main: os.replace(work, folder)
                 if main: lock.unlink(missing_ok=True)
@@ -382,7 +382,7 @@ def _train_into(work, parameters, progress, accelerator=None):
         saved = time.monotonic()
     if not main: return
     rate = round((state.epoch - first) * parameters.data.n_train / (time.monotonic() - start)) if state.epoch > first else None
-    samples = parameters.generate(state.result, progress)
+    samples = parameters.generate(state.result.eval(), progress)
     _record(work, parameters, state.result, state.history, samples, progress, {'seconds': lambda: round(time.perf_counter() - began, 1), 'examples_per_second': rate,
                                                                                    'processes': accelerator.num_processes if accelerator else 1})
 

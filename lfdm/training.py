@@ -10,6 +10,7 @@ __all__ = ['PRECISIONS', 'ValidationSet', 'training_options', 'ema_decay', 'clip
 import copy
 import json
 import os
+from contextlib import contextmanager, nullcontext
 from itertools import groupby
 from pathlib import Path
 
@@ -266,19 +267,21 @@ def train(state: TrainState,     # the state to go on from; changed in place
     if batch_size > len(x): raise ValueError(f"batch_size {batch_size} is larger than the data: {len(x)} examples.")
     net, g = state.net if forward is None else forward, state.generators[0]   # a compiled network has no truth value
     rank, count = _share(accelerator, state, len(x), batch_size)
-    if validation and not state.history: state.history.append({'epoch': 0} | validation(state.result))
+    dropping = any(isinstance(m, nn.Dropout) and m.p for m in state.net.modules())
+    if validation and not state.history: state.history.append({'epoch': 0} | _measured(validation, state))
     while state.epoch < epochs:
         total = torch.zeros((), device=x.device)
         for i, batch in enumerate(torch.randperm(len(x), generator=g, device=x.device).split(batch_size)):
             clean = x[batch] if prepare is None else prepare(x[batch], g)
-            if count == 1: value = loss(net, clean, generator=g).mean()
-            else: value = loss.values(net, *(q[rank::count] for q in (clean, *loss.drawn(clean, generator=g)))).sum() * (count / len(batch))   # shares may differ by one
+            with _masks(g, rank) if dropping else nullcontext():
+                if count == 1: value = loss(net, clean, generator=g).mean()
+                else: value = loss.values(net, *(q[rank::count] for q in (clean, *loss.drawn(clean, generator=g)))).sum() * (count / len(batch))   # shares may differ by one
             state.descend(value)
             total += value.detach() * len(batch)
             if progress: progress(state.epoch * len(x) + i * batch_size + len(batch), epochs * len(x))
         if count > 1: total = accelerator.reduce(total, 'mean')
         report = {'epoch': state.epoch + 1, 'train_loss': total.item() / len(x)}
-        if validation: report |= validation(state.result)
+        if validation: report |= _measured(validation, state)
         if not all(map(_finite, report.values())):
             raise FloatingPointError(f"the loss is not finite in epoch {report['epoch']} ({loss!r}, lr {state.lr:g}): "
                                      f"{ {k: v for k, v in report.items() if not isinstance(v, list)} }. "
@@ -287,12 +290,27 @@ def train(state: TrainState,     # the state to go on from; changed in place
         state.history.append(report)
         yield state
 
+# %% ../nbs/70_training.ipynb #ac79dbbd
 def _share(accelerator, state, n, batch_size):
     "(rank, count) of this process. All draw the same batch, times and noise, and each computes its rows: so many processes train what one trains."
     rank, count = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     if count > 1 and state.learning: raise ValueError("a schedule that learns follows the losses of one process: train it on one.")
     if (smallest := n % batch_size or batch_size) < count: raise ValueError(f"the last batch of an epoch has {smallest} examples for {count} processes. Choose another batch_size than {batch_size}.")
     return rank, count
+
+def _measured(validation, state):
+    "What validation says of the result, without dropout."
+    training = state.net.training
+    state.result.eval()
+    try: return validation(state.result)
+    finally: state.net.train(training)
+
+@contextmanager
+def _masks(generator, rank):
+    "For dropout, which draws from torch's own random state: for one step that follows from the run's, and is another one in each process."
+    with torch.random.fork_rng([generator.device] if generator.device.type == 'cuda' else []):
+        torch.manual_seed(torch.randint(2**62, (), generator=generator, device=generator.device).item() + rank)
+        yield
 
 def _check_learning(state, losses):
     "A schedule that learns belongs to one network and into its checkpoints."

@@ -23,7 +23,7 @@ def main():
     parameters = parameters_from({name: value(text) for name, text in given.p}, ImageParameters)
     try: from accelerate import Accelerator
     except ImportError: raise SystemExit("several processes need accelerate: pip install 'lfdm[accelerate]'") from None
-    accelerator = Accelerator(cpu=parameters.device == "cpu")
+    accelerator = Accelerator(cpu=parameters.device == "cpu", mixed_precision="no")   # the precision is a parameter of the run
     run = make_run(parameters, given.study, progress=progress_bar() if accelerator.is_main_process else None, accelerator=accelerator)
     if run: print(run)
 
