@@ -26,7 +26,7 @@ from .unet import UNETS, unet
 
 # %% ../nbs/98_image_runs.ipynb #17a6873b
 FOLDERS = ('cifar10', 'folder')   # sets whose files lie in a folder
-CONTENT = re.compile(r'[1-9]\d*(x[1-9]\d*){2}, \d+ values, [0-9a-f]{8}')   # of a set, in words
+CONTENT = re.compile(r'[1-9]\d*(x[1-9]\d*){2}, \d+ values, [0-9a-f]{8}(, compressed with loss)?')   # of a set, in words
 
 @lru_cache
 def image_set(name: str,        # a name in IMAGES, with options if any: 'folder(size=32)'
