@@ -325,6 +325,14 @@ def test_the_place_of_the_images_is_no_part_of_a_run(photos, whole, tmp_path):
     assert make_run(elsewhere, root=whole.folder.parent.parent).folder == whole.folder, 'found, wherever its images lie'
 
 
+def test_lossy_files_are_called_so_in_the_record(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(20): Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / f'{i}.jpg')
+    p = ImageParameters(**TINY | dict(batch_size=4), path=str(tmp_path))
+    assert p.content.endswith(', compressed with loss') and p.shape == (3, 8, 8) and p.levels == 256
+    assert dataclasses.replace(p, path=None) == p and p.data.lossy
+
+
 def test_images_that_changed_are_another_run(photos, whole, tmp_path):
     path = shutil.copytree(photos, tmp_path / 'changed')
     write_images(path, 1, seed=1)
