@@ -1,6 +1,7 @@
 "The repository keeps its own rules: exports, notebooks, links, docstrings, metadata, imports."
 import ast
 import configparser
+import dataclasses
 import importlib
 import inspect
 import os
@@ -153,7 +154,9 @@ def undocumented(f):
     try: notes = docments(f, returns=False)
     except (TypeError, ValueError): return []
     variable = {n for n, p in inspect.signature(f).parameters.items() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}  # docments cannot see their comments
-    return [n for n, note in notes.items() if not note and n not in {"self", "cls"} | variable]
+    bases = [base for base in f.__mro__[1:] if dataclasses.is_dataclass(base) and "__init__" in vars(base)] if dataclasses.is_dataclass(f) else []
+    inherited = {n for base in bases for n, note in docments(base, returns=False).items() if note}   # a field is said where it is first given
+    return [n for n, note in notes.items() if not note and n not in {"self", "cls"} | variable | inherited]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -177,7 +180,7 @@ def test_setup_agrees_with_settings(monkeypatch):
     assert seen["description"] == SETTINGS["description"] and seen["author"] == SETTINGS["author"]
     assert seen["python_requires"] == f">={SETTINGS['min_python']}" and seen["packages"] == [SETTINGS["lib_path"]]
     assert seen["install_requires"] == SETTINGS["requirements"].split()
-    assert seen["extras_require"] == {extra: SETTINGS[f"{extra}_requirements"].split() for extra in ("dev", "workflow")}
+    assert seen["extras_require"] == {extra: SETTINGS[f"{extra}_requirements"].split() for extra in ("dev", "workflow", "accelerate", "diffusers")}
     assert f'version = "{SETTINGS["version"]}"' in (ROOT / "lfdm/__init__.py").read_text().replace("__", "")
     assert f"version: {SETTINGS['version']}" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"## {SETTINGS['version']}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
