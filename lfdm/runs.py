@@ -55,8 +55,8 @@ def check_device(name: str,       # 'cpu', 'cuda', 'cuda:1', 'mps', ...
         raise ValueError(unknown('device', name, available))
     return torch.device(name)
 
+# %% ../nbs/95_runs.ipynb #b01c8dc8
 def _quiet(phase, done, total): "No report."
-
 @lru_cache
 def _one(cls): return cls()   # one instance of each class: it keeps the table behind its floors
 
