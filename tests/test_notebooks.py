@@ -9,7 +9,8 @@ from beside import job
 from tree import ROOT, cells, name, notebooks
 
 # 100 epochs and 512 steps are of no use here: what they lead to is a study's business
-SHORT = {ROOT / "nbs/train.ipynb": dict(epochs=3, sample_steps=64)}
+SHORT = {ROOT / "nbs/train.ipynb": dict(epochs=3, sample_steps=64),
+         ROOT / "nbs/train_images.ipynb": dict(network="small(width=4)", epochs=2, batch_size=500, n_samples=20, sample_steps=4, judged=20)}
 
 
 def shown(path):
