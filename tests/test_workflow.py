@@ -11,7 +11,7 @@ import torch
 import yaml
 from filelock import FileLock
 
-from lfdm.runs import FILES, folder_of, grid, load_run, make_run
+from lfdm.runs import FILES, folder_of, grid, kind_of, load_run, make_run
 from lfdm.studies import NETWORKS
 from tree import ROOT, cells
 
@@ -142,11 +142,54 @@ def test_the_thesis_grid_is_that_of_its_study():
     assert set(space['parameters']) == set(grid(**axes)) and len(grid(**axes)) == 96
 
 
+# ---- a grid of images
+
+IMAGES = dict(kind='images', dataset='templates(n_train=20, n_test=4)', network='small(width=4)', epochs=1, batch_size=10, n_samples=4, sample_steps=2, judged=2, target=['v'])
+
+
+def test_a_grid_of_images_is_made(folder):
+    "by the notebook of images, though the content and the words with options are no plain words; and loaded the next time"
+    p, = grid(kind_of('images'), **{k: v for k, v in IMAGES.items() if k != 'kind'})
+    code, said = call(folder, 'local', **IMAGES)
+    assert code == 0, said + ''.join(f.read_text() for f in (folder / 'runs' / 'train_images' / 'notebooks').glob('*.log'))
+    assert load_run(folder_of(p, 'train_images', folder / 'runs')).parameters == p
+
+
+def test_grids_of_images_that_are_looked_at(folder):
+    "what they would ask for; and bad ones are refused in a few lines"
+    sets = 'digits', 'templates'
+    code, said = call(folder, 'local', '-n', study='other', dataset=list(sets), kind='images', flip=True, also=[dict(target='v', weighting='sigmoid', seed='1')])
+    assert code == 0 and int(re.search(r'^train +(\d+)$', said, re.M)[1]) == 4, said
+    assert 'gpu=0' in said and 'mem_mb=8000' in said and 'runtime=1440' in said and '-sigmoid-cosine-s1-' in said
+    cases = ((dict(kind='image'), "unknown kind of run 'image'. Did you mean 'images'?"), (dict(kind='images', dataset='folder', path='nowhere'), "there is no folder 'nowhere'"),
+             (dict(kind='images', seed=0, also=[dict(content='x')]), "unknown axis 'content'."))
+    for (given, message), (code, said) in zip(cases, both(lambda case: call(folder, 'local', **case[0]), *cases)):
+        assert code == 1 and message in said and len(said.splitlines()) < 8, f'{given}: {said}'
+
+
+def test_the_grid_of_cifar10_is_that_of_its_study():
+    "so that the study finds the runs; the images themselves need not be here"
+    axes = yaml.safe_load((ROOT / 'workflow/cifar10.yaml').read_text())
+    also, = axes.pop('also')
+    assert (axes.pop('kind'), axes.pop('study')) == ('images', 'images')
+    here = dict(content='3x32x32, 256 values, 00000000', device='cpu')
+    typed = lambda axes: {k: float(v) if k == 'lr' else v for k, v in axes.items()} | here   # YAML reads 2e-4 as a word
+    of_file = [p for more in ({}, also) for p in grid(kind_of('images'), **typed(axes | more))]
+    sources = [s for s, _ in cells(ROOT / 'nbs/experiments/images.ipynb', 'code')]
+    space = dict(scale='full', dataset='cifar10', path=axes['path'], device=axes['device'], workers=1, grid=lambda kind, **axes: grid(kind, **axes | here), ImageParameters=kind_of('images'))
+    for source, last in ((next(s for s in sources if s.startswith('DIGITS =')), 'if (dataset'), (next(s for s in sources if s.startswith('TARGETS,')), 'images, one')):
+        exec(source[:source.index(last)], space)
+        space['size'] = space['SIZES']['cifar10', 'full']
+    assert len(of_file) == 9 and set(of_file) == set(space['asked'])
+    assert axes['device'] == 'cuda' and axes['path'] == 'data', 'what the head of the file says'
+
+
 def test_the_page_shows_commands_that_work(tmp_path):
     "each snakemake line of the page, as a dry run where there is no SLURM; and how many runs that is"
-    page = '\n'.join(s for s, _ in cells(ROOT / 'nbs/cluster.ipynb', 'markdown'))
-    lines = sorted({line.removesuffix(' -n') for line in page.splitlines() if line.startswith('snakemake ')})
+    page = '\n'.join(s for name in ('cluster', 'gpus') for s, _ in cells(ROOT / f'nbs/{name}.ipynb', 'markdown'))
+    lines = sorted({line.removesuffix(' -n') for line in page.splitlines() if line.startswith('snakemake ') and 'cifar10' not in line})   # whose images are not here
     (tmp_path / 'my.yaml').write_text('study: mine\nseed: [0, 1]\n')
+    (tmp_path / 'digits.yaml').write_text(re.search(r'`digits.yaml`:\n\n```\n(.*?)```', page, re.S)[1])
     (tmp_path / 'workflow').symlink_to(ROOT / 'workflow')
     env = os.environ | {'LFDM_RUNS': 'runs', 'XDG_CACHE_HOME': str(tmp_path / 'cache')}
     dry = lambda line: subprocess.run([sys.executable, '-m', *shlex.split(line), '-n'], cwd=tmp_path, capture_output=True, text=True, env=env)
@@ -154,4 +197,5 @@ def test_the_page_shows_commands_that_work(tmp_path):
     for line, done in zip(lines, both(dry, *lines)):
         assert done.returncode == 0, f'{line}: {done.stderr}'
         runs[line.split('/profiles/')[1]] = int(re.search(r'^train +(\d+)$', done.stdout + done.stderr, re.M)[1])
-    assert runs == {'local': 96, 'slurm': 96, 'local --configfile my.yaml': 2, 'local --config seed=[0] target=[x,v] study=part': 16}
+    assert runs == {'local': 96, 'slurm': 96, 'local --configfile my.yaml': 2, 'local --config seed=[0] target=[x,v] study=part': 16,
+                    'local --configfile digits.yaml': 2}
