@@ -249,7 +249,7 @@ class UNet(nn.Module):
         return self.last(x).to(z.dtype)
 
 # %% ../nbs/61_unet.ipynb #ca8ecef7
-UNETS = {   # name -> options of UNet
+UNETS = {   # name -> options of UNet. Runs are known by these names: what changes needs another name, or another RESULTS_VERSION
     'small':  dict(width=16, multipliers='1, 1, 2', layers=1, halvings=2, attention='mid', mid=1),
     'thesis': dict(width=64, multipliers='1, 2, 3, 4', layers=6, halvings=4, attention='all', mid=3, heads=4),
     'ddpm':   dict(width=128, multipliers='1, 2, 2, 2', layers=2, halvings=3, attention='1', mid=3),

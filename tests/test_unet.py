@@ -263,3 +263,10 @@ def test_words_with_options():
     ('small(width=0)', 16, 'width must be'), ('small', 10, 'nearest sizes: 8×8 and 12×12'), ('thesis', (32, 24), 'halvings=3 or less')])
 def test_wrong_words_and_sizes(words, size, message):
     with pytest.raises(ValueError, match=message): unet(words, 1, size)
+
+
+def test_the_presets_stay_what_runs_know_them_by():
+    "A run's name holds the preset's, not its options. Changed ones need a name of their own, or a new RESULTS_VERSION."
+    assert UNETS == {'small': dict(width=16, multipliers='1, 1, 2', layers=1, halvings=2, attention='mid', mid=1),
+                     'thesis': dict(width=64, multipliers='1, 2, 3, 4', layers=6, halvings=4, attention='all', mid=3, heads=4),
+                     'ddpm': dict(width=128, multipliers='1, 2, 2, 2', layers=2, halvings=3, attention='1', mid=3)}
