@@ -22,7 +22,7 @@ from .images import IMAGES, dequantize, quantize
 from .runs import KINDS, OTHERS, Run, RunParameters, folder_of, make_run
 from .sampling import network_denoiser, sample
 from .training import PRECISIONS, ValidationSet, computed, train
-from .unet import UNETS, unet
+from .unet import unet
 
 # %% ../nbs/98_image_runs.ipynb #17a6873b
 FOLDERS = ('cifar10', 'folder')   # sets whose files lie in a folder

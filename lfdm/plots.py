@@ -23,7 +23,6 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from .core import expand
 from .evaluation import floor_per_logsnr
 from .images import image_grid, quantize, scaled
 from .studies import place, suffixed

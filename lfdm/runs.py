@@ -35,7 +35,7 @@ from safetensors.torch import load_file, save_file
 
 from .core import instance, lookup, number, project_root, unknown, words
 from .data import DATASETS
-from .evaluation import floor, floor_per_logsnr, judge
+from .evaluation import floor, judge
 from .losses import DiffusionLoss
 from .networks import MLP, StackedMLP
 from .sampling import SAMPLERS, network_denoiser, sample, sample_stack

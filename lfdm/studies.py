@@ -10,7 +10,6 @@ __all__ = ['SCALES', 'NETWORKS', 'WAYS', 'CURVES', 'PER_LOGSNR', 'FIRST_SEED', '
 # %% ../nbs/96_studies.ipynb #aa03ff93
 import hashlib
 import io
-import itertools
 import json
 import os
 from functools import lru_cache, partial
@@ -20,13 +19,12 @@ import numpy as np
 import torch
 from joblib import Parallel, delayed
 
-from .core import expand, lookup, project_root, unknown
-from .data import DATASETS
+from .core import project_root, unknown
 from .evaluation import judge, sliced_wasserstein
-from .losses import DiffusionLoss, predict
+from .losses import DiffusionLoss
 from .runs import RESULTS_VERSION, Parameters, Run, folder_of, grid, load_run, make_grid
 from .sampling import sample
-from .schedules import SCHEDULES, Level, network_time
+from .schedules import SCHEDULES
 
 # %% ../nbs/96_studies.ipynb #47727d52
 SCALES = ('full', 'quick', 'smoke')
@@ -140,7 +138,7 @@ def measure(run: Run,        # a finished run
         if k != p.sample_steps: few.append(samples[:points // 2].half().numpy())
         distances = judge(samples, run.dataset, seed=1) | {'outside': {'value': outside(samples, run.dataset)}}
         quality.append([distances[name]['value'] for name in SAMPLED])
-    z, s = arrow_grid(arrows), run.loss.schedule
+    z = arrow_grid(arrows)
     return {f'{name}_curve': np.array([m[name] for m in run.metrics]) for name in CURVES} | {
         name: np.array([run.metrics[e][name] for e in epochs]) for name in PER_LOGSNR} | {
         'quality': np.array(quality), 'samples': run.samples[:points].half().numpy(), 'samples_few': np.stack(few), 'variance': error_variance(run, times).numpy(),
