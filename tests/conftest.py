@@ -1,5 +1,6 @@
 "Notebooks run beside the other tests; see beside.py."
 import os
+import shutil
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")   # before torch is imported: threads that compete for a core slow all of them down
 
@@ -37,3 +38,11 @@ def outcomes(request):
     found = request.config.beside.outcomes()
     request.config.seconds = {name: outcome["seconds"] for name, outcome in found.items()}
     return found
+
+
+@pytest.fixture
+def copied(whole, tmp_path):
+    "A copy of a module's finished run, to be damaged."
+    folder = tmp_path / "train" / whole.folder.name
+    shutil.copytree(whole.folder, folder)
+    return folder

@@ -26,7 +26,7 @@ from lfdm.image_runs import ImageParameters, image_set, make_images
 from lfdm.losses import DiffusionLoss
 from lfdm.runs import FILES, KINDS, folder_of, grid, kind_of, load_run, make_run, parameters_from
 from lfdm.training import TrainState, train
-from tree import ROOT, cells
+from tree import ROOT, cells, edit
 
 torch.set_num_threads(1)
 TINY = dict(dataset='folder', network='small(width=4)', epochs=3, batch_size=15, lr=1e-3, warmup=5, ema=.9, n_samples=10, sample_steps=2, judged=6)   # 4 steps an epoch, the last of 5 images
@@ -269,15 +269,6 @@ def test_shares_add_up_to_the_batch(whole):
 
 
 # ---- records
-
-@pytest.fixture
-def copied(whole, tmp_path):
-    folder = tmp_path / 'train' / whole.folder.name
-    shutil.copytree(whole.folder, folder)
-    return folder
-
-
-def edit(path, change): record = json.loads(path.read_text()); change(record); path.write_text(json.dumps(record))
 
 DAMAGE = {
     'samples.npz': [lambda f: f.write_bytes(f.read_bytes()[:99]), lambda f: np.savez(f, samples=np.zeros((10, 3, 8, 8), np.float32)), lambda f: np.savez(f, samples=np.zeros((10, 8, 8), np.uint8)),

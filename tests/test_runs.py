@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import lfdm.runs as runs
 from lfdm.data import DATASETS, GaussianMixture
 from lfdm.runs import FILES, RESULTS_VERSION, Parameters, folder_of, load_run, make_run, parameters_from
+from tree import edit
 
 torch.set_num_threads(1)
 
@@ -297,15 +298,6 @@ def test_wrong_options(name, value):
 
 
 # ---- damaged records
-
-@pytest.fixture
-def copied(whole, tmp_path):
-    folder = tmp_path / 'train' / whole.folder.name
-    shutil.copytree(whole.folder, folder)
-    return folder
-
-
-def edit(path, change): record = json.loads(path.read_text()); change(record); path.write_text(json.dumps(record))
 
 BYTES = {'missing': lambda p: p.unlink(), 'empty': lambda p: p.write_bytes(b''), 'garbage': lambda p: p.write_bytes(bytes(range(256)) * 9),
          'zeros': lambda p: p.write_bytes(bytes(p.stat().st_size)), 'cut': lambda p: p.write_bytes(p.read_bytes()[:p.stat().st_size // 2]),

@@ -36,3 +36,10 @@ def copy_tree(to):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target, follow_symlinks=False)
     return to
+
+
+def edit(path, change):
+    "Change a JSON file in place."
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
