@@ -1,6 +1,5 @@
 "Attempts to break lfdm.image_runs: killed and resumed, two processes, memory that runs out, images that changed, careless parameters."
 import dataclasses
-import json
 import math
 import multiprocessing
 import os
@@ -9,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from functools import partial
+
 from pathlib import Path
 from types import SimpleNamespace
 
