@@ -1,0 +1,53 @@
+"Names, reprs, points and small runs stay what they were, bit for bit: records made before are found, and mean the same."
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import pinned
+from lfdm.runs import load_run
+
+STORED = {name: json.loads((pinned.FOLDER / f"{name}.json").read_text()) for name in ("names", "points", "machine")}
+RUNS = sorted(path for path in (pinned.FOLDER / "runs").glob("*/*") if path.is_dir())
+HERE = pinned.machine() == STORED["machine"]   # elsewhere the last bits of a sum may differ
+MEASURED = dict(rtol=0, atol=0) if HERE else dict(rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "The runs, made anew."
+    threads = torch.get_num_threads()
+    folders = pinned.make(tmp_path_factory.mktemp("pinned"))
+    torch.set_num_threads(threads)
+    return {folder.name: folder for folder in folders}
+
+
+def test_names_and_reprs():
+    now = pinned.names()
+    assert now.keys() >= STORED["names"].keys()
+    assert {k: v for k, v in now.items() if k in STORED["names"]} == STORED["names"]
+
+
+def test_points():
+    now = pinned.points()
+    for name, points in STORED["points"].items():
+        if HERE or isinstance(points, str): assert now[name] == points, name
+        else: np.testing.assert_allclose(now[name], points, rtol=1e-12)
+
+
+def test_every_pinned_run_is_made(made):
+    assert sorted(made) == sorted(folder.name for folder in RUNS)
+
+
+@pytest.mark.parametrize("folder", RUNS, ids=lambda folder: folder.name)
+def test_a_run_made_before_loads_and_is_made_again_alike(folder, made):
+    before, now = load_run(folder), load_run(made[folder.name])
+    assert before.parameters == now.parameters and repr(before.loss) == repr(now.loss)
+    kept, new = (load_file(f / "model.safetensors") for f in (folder, made[folder.name]))
+    assert kept.keys() == new.keys()
+    for k in kept: torch.testing.assert_close(new[k], kept[k], **MEASURED)
+    if HERE: assert before.samples.equal(now.samples) and before.metrics == now.metrics and before.summary == now.summary
+    params = [json.loads((f / "params.json").read_text()) for f in (folder, made[folder.name])]
+    assert [list(p) for p in params][0] == list(params[1]) and params[0]["parameters"] == params[1]["parameters"]
