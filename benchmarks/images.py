@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lfdm.unet import unet
+from lfdm.images.unet import unet
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS = 7

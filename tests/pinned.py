@@ -40,7 +40,7 @@ def choices(kind, registry):
 def names():
     "What every entry is called: its repr, its spelling, and the names of both kinds of runs that choose it."
     import lfdm.runs as runs
-    from lfdm.core import from_words
+    from lfdm.core import from_spec
     from lfdm.schedules import SCHEDULES
     from lfdm.steps import SAMPLERS
     from lfdm.targets import TARGETS
@@ -57,7 +57,7 @@ def names():
     found = {}
     for kind, registry in dict(schedule=SCHEDULES, target=TARGETS, weighting=WEIGHTINGS).items():
         for choice in choices(kind, registry):
-            try: made = repr(from_words(registry, choice, kind))
+            try: made = repr(from_spec(registry, choice, kind))
             except ValueError: made = REFUSED
             beside = dict(weighting="nelbo") if "adaptive" in choice else {}
             found[f"{kind} {choice}"] = dict(repr=made, points=run(runs.Parameters, **{kind: choice} | beside), images=run(images, **of_images | {kind: choice} | beside))

@@ -9,8 +9,8 @@ import sympy
 import torch
 from hypothesis import given, settings, strategies as st
 
-from lfdm.core import as_number, check, expand, from_words, instance, is_symbolic, lookup, maths, number, project_root, prove, unknown
-from lfdm.core import words as words_of
+from lfdm.core import as_number, check, expand, from_spec, instance, is_symbolic, lookup, maths, number, project_root, prove, unknown
+from lfdm.core import spec as words_of
 from lfdm.schedules import SCHEDULES
 from lfdm.targets import TARGETS
 from lfdm.weightings import WEIGHTINGS
@@ -204,19 +204,19 @@ def test_what_is_written_is_read_again():
     "every choice of every registry with any options: words of the instance give the instance again, and only what is not at its default is said"
     for kind, registry in (('schedule', SCHEDULES), ('target', TARGETS), ('weighting', WEIGHTINGS)):
         for name, cls in registry.items():
-            assert repr(from_words(registry, name, kind)) == repr(cls()) and type(from_words(registry, f'{name}()', kind)) is cls
+            assert repr(from_spec(registry, name, kind)) == repr(cls()) and type(from_spec(registry, f'{name}()', kind)) is cls
             @settings(max_examples=6, deadline=None, derandomize=True, database=None)
             @given(st.fixed_dictionaries({}, optional=OPTIONS.get(name, {})))
             def there_and_back(options):
                 made = cls(**options)
                 said = words_of(made, skip=('logsnr_min', 'logsnr_max') if name in ('discrete', 'ddpm') else ())
-                again = from_words(registry, said, kind)
+                again = from_spec(registry, said, kind)
                 assert repr(again) == repr(made), said
                 assert {k: v for k, v in vars(again).items() if not k.startswith('_')} == {k: v for k, v in vars(made).items() if not k.startswith('_')}
             there_and_back()
             assert words_of(cls(), skip=('logsnr_min', 'logsnr_max')) == name
     assert words_of(SCHEDULES['cosine'](-math.inf, math.inf)) == 'cosine(logsnr_min=-inf, logsnr_max=inf)'
-    assert from_words(SCHEDULES, 'cosine(-inf, inf)', 'schedule').logsnr_max == math.inf
+    assert from_spec(SCHEDULES, 'cosine(-inf, inf)', 'schedule').logsnr_max == math.inf
 
 
 HOSTILE = ['__import__("os")', '__import__("os").system("touch hacked")', 'cosine(__import__("os"))', 'cosine(shift=open("hacked", "w"))', 'cosine.__class__()', 'cosine().__init__', '(lambda: 1)()', 'cosine(lambda: 1)',
@@ -229,26 +229,26 @@ HOSTILE = ['__import__("os")', '__import__("os").system("touch hacked")', 'cosin
 def test_hostile_words_are_an_error_and_never_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for text in HOSTILE:
-        with pytest.raises(ValueError) as e: from_words(SCHEDULES, text, 'schedule')
+        with pytest.raises(ValueError) as e: from_spec(SCHEDULES, text, 'schedule')
         assert str(e.value), text
         with pytest.raises(ValueError): instance(SCHEDULES, text, 'schedule', SCHEDULES['cosine'].__mro__[-2])
     assert not list(tmp_path.iterdir())
     for text in ("sigmoid(k=__import__('os'))", 'implied(schedule=__import__("os"))', 'implied(weighting=implied(weighting=eval("1")))', 'implied(adaptive, eps, min_snr)'):
-        with pytest.raises(ValueError): from_words(WEIGHTINGS, text, 'weighting')
+        with pytest.raises(ValueError): from_spec(WEIGHTINGS, text, 'weighting')
 
 
 @few
 @given(st.one_of(st.text(max_size=30), st.text(alphabet=string.ascii_letters + '(),=-.0123456789_', max_size=30).map(lambda t: f'cosine({t})')))
 def test_any_text_is_a_choice_or_a_value_error(text):
-    try: made = from_words(SCHEDULES, text, 'schedule')
+    try: made = from_spec(SCHEDULES, text, 'schedule')
     except ValueError: return
     assert type(made) in SCHEDULES.values()
 
 
 def test_the_nearest_option_is_offered():
-    with pytest.raises(ValueError, match="unknown option of shifted_cosine: 'shft'. Did you mean 'shift'"): from_words(SCHEDULES, 'shifted_cosine(shft=1)', 'schedule')
-    with pytest.raises(ValueError, match="x has no options, but 'x.a=1.' gives 'a'"): from_words(TARGETS, 'x(a=1)', 'target')
-    with pytest.raises(ValueError, match='gamma must be above 0'): from_words(WEIGHTINGS, 'min_snr(gamma=0)', 'weighting')
+    with pytest.raises(ValueError, match="unknown option of shifted_cosine: 'shft'. Did you mean 'shift'"): from_spec(SCHEDULES, 'shifted_cosine(shft=1)', 'schedule')
+    with pytest.raises(ValueError, match="x has no options, but 'x.a=1.' gives 'a'"): from_spec(TARGETS, 'x(a=1)', 'target')
+    with pytest.raises(ValueError, match='gamma must be above 0'): from_spec(WEIGHTINGS, 'min_snr(gamma=0)', 'weighting')
 
 
 def test_project_root(tmp_path):

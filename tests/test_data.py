@@ -1,4 +1,4 @@
-"Attempts to break lfdm.data: shapes, dtypes, extremes and wrong input. What is right in the normal case stands in nbs/50_data.ipynb."
+"Attempts to break lfdm.data: shapes, dtypes, extremes and wrong input. What is right in the normal case stands in nbs/library/50_data.ipynb."
 import math
 import subprocess
 import sys

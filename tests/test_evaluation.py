@@ -9,7 +9,7 @@ from scipy.integrate import simpson
 from scipy.stats import wasserstein_distance
 
 from lfdm.data import DATASETS, Dataset, GaussianMixture, NoDensity
-from lfdm.evaluation import DISTANCES, directions, floor, floor_per_logsnr, judge, noise_floor, sliced_wasserstein
+from lfdm.evaluation import DISTANCES, unit_vectors, floor, floor_per_logsnr, judge, noise_floor, sliced_wasserstein
 from lfdm.losses import DiffusionLoss
 from lfdm.schedules import CONTINUOUS, SCHEDULES, CosineSchedule, VESchedule
 from lfdm.targets import TARGETS
@@ -219,9 +219,9 @@ def test_a_shift_costs_its_length_over_the_root_of_the_dimension(dim):
     shift = torch.zeros(dim, dtype=f64); shift[0] = 2.
     got = sliced_wasserstein(x, x + shift, projections=4096)
     assert abs(got - 2 / dim**0.5) < (1e-9 if dim <= 2 else 0.06)
-    v = directions(dim, 64)
+    v = unit_vectors(dim, 64)
     torch.testing.assert_close(v.norm(dim=1), torch.ones(64, dtype=f64))
-    assert v.shape == (64, dim) and torch.equal(v, directions(dim, 64))
+    assert v.shape == (64, dim) and torch.equal(v, unit_vectors(dim, 64))
 
 
 @every

@@ -1,4 +1,4 @@
-"Attempts to break lfdm.image_quality: singular and wrong covariances, pytorch-fid on image files, weights that are not what they seem, a cache that is damaged, images of known probability."
+"Attempts to break lfdm.images.quality: singular and wrong covariances, pytorch-fid on image files, weights that are not what they seem, a cache that is damaged, images of known probability."
 import math
 import pickle
 from types import SimpleNamespace
@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-import lfdm.image_quality as quality
+import lfdm.images.quality as quality
 from lfdm.core import expand
-from lfdm.image_quality import FeatureNet, classifier_view, discrete_reconstruction, feature_distance, feature_net, fid, flow_bits_per_dim, frechet_distance, image_bound, inception, inception_file, moments, stated
-from lfdm.images import Digits, ImageSet, Templates, dequantize, quantize, scaled
+from lfdm.images.quality import FeatureNet, classifier_view, discrete_reconstruction, feature_distance, feature_net, fid, flow_bits_per_dim, frechet_distance, image_bound, inception, inception_file, moments, stated
+from lfdm.images.data import Digits, ImageSet, Templates, dequantize, quantize, scaled
 from lfdm.schedules import SCHEDULES
 from lfdm.steps import exact_denoiser
 

@@ -1,4 +1,4 @@
-"Attempts to break lfdm.image_runs: killed and resumed, two processes, memory that runs out, images that changed, careless parameters."
+"Attempts to break lfdm.images.task: killed and resumed, two processes, memory that runs out, images that changed, careless parameters."
 import dataclasses
 import math
 import multiprocessing
@@ -19,9 +19,9 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import lfdm.image_runs as image_runs
+import lfdm.images.task as image_runs
 import lfdm.runs as runs
-from lfdm.image_runs import ImageParameters, image_set, make_images
+from lfdm.images.task import ImageParameters, image_set, make_images
 from lfdm.losses import DiffusionLoss
 from lfdm.runs import FILES, KINDS, folder_of, grid, kind_of, load_run, make_run, parameters_from
 from lfdm.training import TrainState, train
@@ -188,7 +188,7 @@ def test_a_compiler_that_is_missing_is_told(photos, tmp_path, monkeypatch):
 # ---- several processes
 
 def launch(root, path, **options):
-    "The command of nbs/gpus.ipynb for two processes on a CPU."
+    "The command of nbs/guides/gpus.ipynb for two processes on a CPU."
     given = [w for k, v in (TINY | dict(path=path) | options).items() for w in ('-p', k, str(v))]
     env = os.environ | {'LFDM_RUNS': str(root), 'OMP_NUM_THREADS': '1', 'ACCELERATE_MIXED_PRECISION': 'bf16'}   # what somebody once told `accelerate config`
     return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', ROOT / 'tools/train_images.py', '--study', 'two', *given],
@@ -291,7 +291,7 @@ def test_an_unknown_kind_is_told():
 
 
 def test_a_record_loads_where_nobody_has_heard_of_images(whole):
-    code = f"import sys, lfdm.runs; assert 'lfdm.image_runs' not in sys.modules; run = lfdm.runs.load_run({str(whole.folder)!r}); assert run.parameters.kind == 'images' and run.sample(2, steps=1).shape == (2, 3, 8, 8)"
+    code = f"import sys, lfdm.runs; assert 'lfdm.images.task' not in sys.modules; run = lfdm.runs.load_run({str(whole.folder)!r}); assert run.parameters.kind == 'images' and run.sample(2, steps=1).shape == (2, 3, 8, 8)"
     child = SERVER.Process(target=exec, args=(code, {}), daemon=True)
     child.start(); child.join(60)
     assert child.exitcode == 0

@@ -1,4 +1,4 @@
-"Attempts to break lfdm.images: roundings at the ends of cells, damaged files, folders of every wrong form, extremes. What is right in the normal case stands in nbs/52_images.ipynb."
+"Attempts to break lfdm.images.data: roundings at the ends of cells, damaged files, folders of every wrong form, extremes. What is right in the normal case stands in nbs/library/52_image_data.ipynb."
 import contextlib
 import hashlib
 import os
@@ -16,8 +16,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from lfdm.core import from_words, instance
-from lfdm.images import CIFAR10, IMAGES, Digits, ImageFolder, ImageSet, Templates, cell_integrals, decode, dequantize, image_grid, log_cell, quantize, scaled, stratified
+from lfdm.core import from_spec, instance
+from lfdm.images.data import CIFAR10, IMAGES, Digits, ImageFolder, ImageSet, Templates, cell_integrals, decode, dequantize, image_grid, log_cell, quantize, scaled, stratified
 
 torch.set_num_threads(1)
 f64 = torch.float64
@@ -113,10 +113,10 @@ def test_a_split_is_a_partition_in_proportion(labels, data):
 
 def test_names():
     assert set(IMAGES) == {'digits', 'templates', 'cifar10', 'folder'} and all(cls.name == name for name, cls in IMAGES.items())
-    assert from_words(IMAGES, 'templates(std=0.1)', 'image set').std == .1
+    assert from_spec(IMAGES, 'templates(std=0.1)', 'image set').std == .1
     assert isinstance(instance(IMAGES, Digits, 'image set', ImageSet), Digits)
-    with pytest.raises(ValueError, match="Did you mean 'digits'"): from_words(IMAGES, 'digit', 'image set')
-    with pytest.raises(ValueError, match="Did you mean 'std'"): from_words(IMAGES, 'templates(sdt=0.1)', 'image set')
+    with pytest.raises(ValueError, match="Did you mean 'digits'"): from_spec(IMAGES, 'digit', 'image set')
+    with pytest.raises(ValueError, match="Did you mean 'std'"): from_spec(IMAGES, 'templates(sdt=0.1)', 'image set')
 
 
 def test_a_set_of_ones_own_is_checked():
@@ -152,7 +152,7 @@ def cifar(tmp_path, monkeypatch):
 
 
 def test_cifar_is_found_in_every_way(cifar, monkeypatch, tmp_path):
-    sets = [CIFAR10(cifar.parent), CIFAR10(cifar), CIFAR10(str(cifar)), from_words(IMAGES, f'cifar10(path="{cifar.parent}")', 'image set')]
+    sets = [CIFAR10(cifar.parent), CIFAR10(cifar), CIFAR10(str(cifar)), from_spec(IMAGES, f'cifar10(path="{cifar.parent}")', 'image set')]
     monkeypatch.setenv('LFDM_DATA', str(cifar.parent))
     sets.append(CIFAR10())
     monkeypatch.delenv('LFDM_DATA')
@@ -231,7 +231,7 @@ def test_four_forms_of_a_folder(tmp_path):
     assert len(torch.cat([c.train(), c.test()]).flatten(1).unique(dim=0)) == 24
     assert c.digest == ImageFolder(tmp_path / 'c').digest != d.digest
     shutil.copytree(tmp_path / 'c', tmp_path / 'elsewhere')
-    assert from_words(IMAGES, f'folder(path="{tmp_path / "elsewhere"}")', 'image set').digest == c.digest
+    assert from_spec(IMAGES, f'folder(path="{tmp_path / "elsewhere"}")', 'image set').digest == c.digest
 
 
 def test_what_is_no_image_is_passed_over(tmp_path):
@@ -244,7 +244,7 @@ def test_what_is_no_image_is_passed_over(tmp_path):
 def test_size_cuts_and_resizes(tmp_path):
     write(tmp_path, '1.png 2.png'), write(tmp_path, '3.png', size=(20, 30))
     with pytest.raises(ValueError, match=r"1\.png' has mode 'RGB', 8×6, and '.*3\.png' has mode 'RGB', 20×30 \(1 of 3 differ.*size="): ImageFolder(tmp_path).train()
-    assert from_words(IMAGES, f'folder(path="{tmp_path}", size=4)', 'image set').shape == (3, 4, 4)
+    assert from_spec(IMAGES, f'folder(path="{tmp_path}", size=4)', 'image set').shape == (3, 4, 4)
     assert ImageFolder(tmp_path, size=1).shape == (3, 1, 1)
     write(tmp_path / 'same', '1.png 2.png', size=(6, 6))
     assert ImageFolder(tmp_path / 'same', size=6).digest == ImageFolder(tmp_path / 'same').digest
@@ -321,7 +321,7 @@ def test_folders_of_a_wrong_form(tmp_path):
         with pytest.raises(ValueError, match=message): ImageFolder(tmp_path / name)
     with pytest.raises(FileNotFoundError, match='there is no folder'): ImageFolder(tmp_path / 'nothing')
     with pytest.raises(NotADirectoryError, match='is a file'): ImageFolder(tmp_path / 'one/1.png')
-    with pytest.raises(ValueError, match='needs a path'): from_words(IMAGES, 'folder', 'image set')
+    with pytest.raises(ValueError, match='needs a path'): from_spec(IMAGES, 'folder', 'image set')
 
 
 def test_threads_change_nothing(tmp_path):

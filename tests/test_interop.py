@@ -13,7 +13,7 @@ from diffusers.training_utils import compute_snr  # noqa: E402
 
 from lfdm.core import seeded  # noqa: E402
 from lfdm.discrete import DDPMSchedule, DiscreteSchedule  # noqa: E402
-from lfdm.interop import BETA_SCHEDULES, KINDS, PREDICTIONS, BetasSchedule, as_network, as_unet, from_diffusers, to_diffusers  # noqa: E402
+from lfdm.interop import BETA_SCHEDULES, SCHEDULERS, PREDICTIONS, BetasSchedule, as_network, as_unet, from_diffusers, to_diffusers  # noqa: E402
 from lfdm.likelihood import nelbo  # noqa: E402
 from lfdm.losses import DiffusionLoss, predict  # noqa: E402
 from lfdm.sampling import sampling  # noqa: E402
@@ -84,7 +84,7 @@ def test_a_schedule_is_seen_at_i_over_T(words, T, prediction):
 
 
 @pytest.mark.filterwarnings('ignore:__array__ implementation:DeprecationWarning')
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', SCHEDULERS)
 def test_every_kind_has_the_same_levels(kind):
     for words in ('ddpm', 'cosine', 'ddpm(T=100, beta_min=0.001, beta_max=0.05, beta=scaled_linear)'):
         scheduler = to_diffusers(words, 'v', kind=kind)

@@ -11,7 +11,7 @@ from lfdm.data import DATASETS
 from lfdm.losses import DiffusionLoss
 from lfdm.networks import MLP
 from lfdm.schedules import CONTINUOUS, SCHEDULES, network_logsnr, network_time
-from lfdm.score_matching import (DIRECTIONS, OBJECTIVES, Denoising, Explicit, Hutchinson, Implicit, ScaledScore, ScoreMatchingLoss, Sliced, directions,
+from lfdm.score_matching import (DIRECTIONS, OBJECTIVES, Denoising, Explicit, Hutchinson, Implicit, ScaledScore, ScoreMatchingLoss, Sliced, probe_vectors,
                                  divergence, projected_divergence)
 from lfdm.weightings import WEIGHTINGS
 
@@ -61,7 +61,7 @@ def test_the_divergence_is_the_trace_of_the_jacobian(shape):
 @kinds
 def test_the_projected_divergence_is_the_quadratic_form(shape, kind):
     f, z = Smooth(shape), randn(*shape, seed=9)
-    u = directions(z, kind, generator(3))
+    u = probe_vectors(z, kind, generator(3))
     y, got = projected_divergence(f, z, u)
     torch.testing.assert_close(got, torch.einsum('ni,nij,nj->n', u.flatten(1), jacobians(f, z), u.flatten(1)), rtol=1e-11, atol=1e-11)
     assert torch.equal(y, f(z)) and got.shape == shape[:1]
@@ -78,7 +78,7 @@ def test_all_signs_together_give_the_trace_exactly():
 @kinds
 def test_hutchinson_is_unbiased(kind):
     f, z, n = Smooth((1, 2, 2)), randn(1, 2, 2, seed=9).expand(20_000, 2, 2), 20_000
-    _, got = projected_divergence(f, z, directions(z, kind, generator(1)))
+    _, got = projected_divergence(f, z, probe_vectors(z, kind, generator(1)))
     error = got.mean() - traces(f, z[:1])[0]
     assert abs(error) < 4 * got.std() / n**.5 and got.std() > .01
 
@@ -100,7 +100,7 @@ def test_parameters_feel_the_divergence(shape, projected):
 @pytest.mark.parametrize('projected', [False, True])
 def test_without_gradients_the_value_is_the_same_and_nothing_is_kept(projected):
     f, z = Smooth((5, 3)), randn(5, 3, seed=9)
-    call = lambda: projected_divergence(f, z, directions(z, 'sign', generator())) if projected else divergence(f, z)
+    call = lambda: projected_divergence(f, z, probe_vectors(z, 'sign', generator())) if projected else divergence(f, z)
     with torch.no_grad(): y, trace = call()
     assert not y.requires_grad and not trace.requires_grad
     with_grad = call()
@@ -143,8 +143,8 @@ def test_a_loss_refuses_it_too(name):
 @pytest.mark.parametrize('shape', [(40_000, 1), (40_000, 3), (40_000, 2, 2)], ids=str)
 def test_directions_have_the_identity_for_second_moment(kind, shape):
     z = torch.zeros(shape, dtype=f64)
-    u = directions(z, kind, generator(5))
-    assert u.shape == z.shape and u.dtype == f64 and directions(z.float(), kind).dtype == f32
+    u = probe_vectors(z, kind, generator(5))
+    assert u.shape == z.shape and u.dtype == f64 and probe_vectors(z.float(), kind).dtype == f32
     flat, d = u.flatten(1), math.prod(shape[1:])
     assert (flat.T @ flat / len(u) - torch.eye(d)).abs().max() < 5 * 3**.5 / len(u)**.5 and flat.mean(0).abs().max() < 5 / len(u)**.5
     if kind == 'sign': assert set(u.unique().tolist()) == {-1., 1.}
@@ -155,13 +155,13 @@ def test_directions_have_the_identity_for_second_moment(kind, shape):
 @kinds
 def test_the_generator_decides_the_directions(kind):
     z, before = torch.zeros(5, 3), torch.get_rng_state()
-    assert torch.equal(directions(z, kind, generator(1)), directions(z, kind, generator(1)))
-    assert not torch.equal(directions(z, kind, generator(1)), directions(z, kind, generator(2))) and torch.equal(before, torch.get_rng_state())
+    assert torch.equal(probe_vectors(z, kind, generator(1)), probe_vectors(z, kind, generator(1)))
+    assert not torch.equal(probe_vectors(z, kind, generator(1)), probe_vectors(z, kind, generator(2))) and torch.equal(before, torch.get_rng_state())
 
 
 @pytest.mark.parametrize('bad', ['signs', '', None, 3], ids=repr)
 def test_unknown_directions_are_named(bad):
-    for call in (lambda: directions(torch.zeros(2, 2), bad), lambda: ScoreMatchingLoss(Hutchinson(bad))(MLP(2, 8), torch.zeros(2, 2)), lambda: ScoreMatchingLoss(Sliced(bad))(MLP(2, 8), torch.zeros(2, 2))):
+    for call in (lambda: probe_vectors(torch.zeros(2, 2), bad), lambda: ScoreMatchingLoss(Hutchinson(bad))(MLP(2, 8), torch.zeros(2, 2)), lambda: ScoreMatchingLoss(Sliced(bad))(MLP(2, 8), torch.zeros(2, 2))):
         with pytest.raises(ValueError, match=f'unknown kind of directions {bad!r}'): call()
 
 
@@ -192,7 +192,7 @@ def test_values_for_an_affine_network_by_hand(schedule, shape):
             got = ScoreMatchingLoss(objective, schedule, weighting)(affine(-.7, .2), x, t, eps)
             factor = DiffusionLoss(schedule, 'score', weighting).factor(t)
             torch.testing.assert_close(got, factor * want[name], rtol=1e-9, atol=0)
-    u = directions(z, 'normal', generator(7))
+    u = probe_vectors(z, 'normal', generator(7))
     got = ScoreMatchingLoss('sliced', schedule)(affine(-.7, .2), x, t, eps, generator(7))
     dims = z[0].numel()
     torch.testing.assert_close(got, ((u * score).flatten(1).sum(1)**2 + 2 * -.7 / scale.flatten() * u.flatten(1).square().sum(1)) / dims, rtol=1e-9, atol=1e-12)

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from lfdm.networks import MLP, StackedMLP
 from lfdm.runs import Parameters, Run
 from lfdm.sampling import sample, sample_stack, sampling
-from lfdm.core import from_words
+from lfdm.core import from_spec
 from lfdm.schedules import SCHEDULES, CosineSchedule, Level
 from lfdm.steps import (SAMPLERS, Counted, adaptive_step, annealed_langevin_step, at_angle, ddim_step, dpmpp_2m_step, edm_step, exact_denoiser, langevin_step,
                         network_denoiser, predictor_corrector_step, solve, velocity)
@@ -310,7 +310,7 @@ def test_the_advice_for_a_range_out_of_reach_is_one_that_works():
         with pytest.raises(ValueError) as e: sampling(net, (3, 2), 4, schedule)
         advised = str(e.value).split("Choose '")[1].removesuffix("'.")
         assert len(list(sampling(net, (3, 2), 4, advised))) == 5
-        advised, ends = from_words(SCHEDULES, advised, 'schedule'), ('logsnr_min', 'logsnr_max', 'scales')
+        advised, ends = from_spec(SCHEDULES, advised, 'schedule'), ('logsnr_min', 'logsnr_max', 'scales')
         assert type(advised) is type(schedule) and advised.logsnr_max == min(within[1], schedule.logsnr_max)
         assert [(k, v) for k, v in vars(advised).items() if k[0] != '_' and k not in ends] == [(k, v) for k, v in vars(schedule).items() if k[0] != '_' and k not in ends]
     for within, schedule in (((-5, 5), 'ddpm'), ((5, 6), SCHEDULES['ve'](-7, 4))):

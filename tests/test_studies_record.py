@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from lfdm.data import DATASETS
 from lfdm.runs import Parameters, grid, make_grid
-from lfdm.studies import Record, condense, kept, kept_all, load_record, make_record, measured, outside, packed, place, suffixed, write_whole
+from lfdm.studies import Record, condense, cached_arrays, all_cached, load_record, make_record, measured, outside, npz_bytes, place, suffixed, write_whole
 
 SMALL = dict(dataset="cluster", epochs=2, width=8, batch_size=10_000, sample_steps=4, n_samples=50)
 MEASURED = dict(steps=[2], epochs=[1, 2], times=[0.5], points=20, arrows=2, logsnr=[3.])
@@ -43,7 +43,7 @@ def test_a_record_comes_back_as_it_was(record):
     assert again.rows == record.rows and again.settings == json.loads(json.dumps(record.settings))
     assert {k: v.dtype for k, v in again.arrays.items()} == {k: v.dtype for k, v in record.arrays.items()}
     assert all(np.array_equal(again.arrays[k], record.arrays[k]) for k in record.arrays)
-    assert packed(again.arrays) == path.with_suffix(".npz").read_bytes(), "the same arrays give the same bytes"
+    assert npz_bytes(again.arrays) == path.with_suffix(".npz").read_bytes(), "the same arrays give the same bytes"
 
 
 def test_rows_and_arrays_are_of_the_same_runs(record, runs):
@@ -138,20 +138,20 @@ def counted(arrays=ARRAYS):
 def test_what_is_kept_is_made_once_and_comes_back_as_it_was(tmp_path):
     make, calls = counted()
     path = tmp_path / "deep" / "er" / "a.npz"
-    assert all(same(kept(p, make), ARRAYS) for p in (path, path, str(path))) and len(calls) == 1
-    assert [f.name for f in path.parent.iterdir()] == ["a.npz"] and path.read_bytes() == packed(ARRAYS)
+    assert all(same(cached_arrays(p, make), ARRAYS) for p in (path, path, str(path))) and len(calls) == 1
+    assert [f.name for f in path.parent.iterdir()] == ["a.npz"] and path.read_bytes() == npz_bytes(ARRAYS)
 
 
 @pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b"nonsense", lambda b: b[:1], lambda b: b[:len(b) // 2], lambda b: b[:-1], lambda b: b[:60] + bytes([b[60] ^ 1]) + b[61:],
-                                    lambda b: bytes(len(b)), lambda b: npy(np.arange(3)), lambda b: packed({"a": np.array([{}], dtype=object)})], ids=range(9))
+                                    lambda b: bytes(len(b)), lambda b: npy(np.arange(3)), lambda b: npz_bytes({"a": np.array([{}], dtype=object)})], ids=range(9))
 def test_a_damaged_file_is_made_again(tmp_path, damage):
     "cut anywhere, one bit of the data turned, another kind of file, one that would have to be unpickled"
     make, calls = counted({"a": np.arange(100.)})
     path = tmp_path / "a.npz"
-    kept(path, make)
+    cached_arrays(path, make)
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
-    assert same(kept(path, make), make()) and path.read_bytes() == whole and same(kept(path, make), make()) and len(calls) == 4
+    assert same(cached_arrays(path, make), make()) and path.read_bytes() == whole and same(cached_arrays(path, make), make()) and len(calls) == 4
     assert [f.name for f in tmp_path.iterdir()] == ["a.npz"]
 
 
@@ -177,9 +177,9 @@ def test_a_disk_that_takes_nothing_is_told_and_keeps_what_it_had(tmp_path, monke
         if before: path.write_bytes(before)
         with monkeypatch.context() as m:
             m.setattr(*where, fails)
-            with pytest.raises(OSError, match=says): kept(path, make)
+            with pytest.raises(OSError, match=says): cached_arrays(path, make)
         assert [f.read_bytes() for f in tmp_path.iterdir()] == ([before] if before else []), "half a file, or a draft, was left"
-    assert same(kept(path, make), ARRAYS) and len(calls) == 3
+    assert same(cached_arrays(path, make), ARRAYS) and len(calls) == 3
 
 
 def test_a_file_that_is_whole_stays_when_another_cannot_replace_it(tmp_path, monkeypatch):
@@ -192,7 +192,7 @@ def test_a_file_that_is_whole_stays_when_another_cannot_replace_it(tmp_path, mon
 
 def test_what_fails_while_it_is_made_leaves_nothing(tmp_path):
     def fail(): raise RuntimeError("measured in vain")
-    with pytest.raises(RuntimeError, match="in vain"): kept(tmp_path / "a.npz", fail)
+    with pytest.raises(RuntimeError, match="in vain"): cached_arrays(tmp_path / "a.npz", fail)
     assert not list(tmp_path.iterdir())
 
 
@@ -208,31 +208,31 @@ def test_an_interrupted_set_goes_on_where_it_stopped(place_for_all):
         if len(made) == stop[0]: raise KeyboardInterrupt
         made.append(i); return {"value": np.array([i])}
     grid_of = [dict(i=i) for i in range(5)]
-    with pytest.raises(KeyboardInterrupt): kept_all("study", "smoke", grid_of, make)
+    with pytest.raises(KeyboardInterrupt): all_cached("study", "smoke", grid_of, make)
     assert made == [0, 1]
     stop[0], reports = None, []
-    results = kept_all("study", "smoke", grid_of, make, progress=lambda *a: reports.append(a))
+    results = all_cached("study", "smoke", grid_of, make, progress=lambda *a: reports.append(a))
     assert made == [0, 1, 2, 3, 4] and [r["value"].item() for r in results] == [0, 1, 2, 3, 4]
     assert reports == [("measure", k, 5) for k in range(6)]
-    again = kept_all("study", "smoke", [dict(i=4), dict(i=0), dict(i=4)], make)
+    again = all_cached("study", "smoke", [dict(i=4), dict(i=0), dict(i=4)], make)
     assert [r["value"].item() for r in again] == [4, 0, 4] and len(made) == 5
-    assert kept_all("study", "smoke", [], make) == []
+    assert all_cached("study", "smoke", [], make) == []
 
 
 def test_settings_are_told_apart_and_studies_and_scales_too(place_for_all):
     made = []
     def make(**kw): made.append(kw); return {"value": np.array(len(made))}
     settings_of = [dict(a=1, b=2), dict(a=2, b=1), dict(a=1), dict(a="1"), dict(a=1.5), dict(a=None), dict(a=True), dict(a=[1, 2]), dict(a=[2, 1]), dict(a={"c": 1})]
-    assert [r["value"].item() for r in kept_all("one", "smoke", settings_of, make)] == list(range(1, 11)) and made == settings_of
-    kept_all("one", "smoke", [dict(b=2, a=1)], make)
+    assert [r["value"].item() for r in all_cached("one", "smoke", settings_of, make)] == list(range(1, 11)) and made == settings_of
+    all_cached("one", "smoke", [dict(b=2, a=1)], make)
     assert len(made) == 10, "the order of the names does not matter"
-    for study, scale in (("other", "smoke"), ("one", "quick")): kept_all(study, scale, [dict(a=1)], make)
+    for study, scale in (("other", "smoke"), ("one", "quick")): all_cached(study, scale, [dict(a=1)], make)
     assert len(made) == 12 and len({f.parent for f in place_for_all.rglob("*.npz")}) == 3
 
 
 def test_settings_that_have_no_name_are_refused_before_any_work(place_for_all):
     made = []
-    with pytest.raises(TypeError): kept_all("study", "smoke", [dict(i=0), dict(i=np.int64(1))], lambda i: made.append(i) or {"i": np.array(i)})
+    with pytest.raises(TypeError): all_cached("study", "smoke", [dict(i=0), dict(i=np.int64(1))], lambda i: made.append(i) or {"i": np.array(i)})
     assert not made, "the first was measured before the second was found to be no plain value"
 
 
@@ -243,10 +243,10 @@ def test_two_workers_keep_the_order(place_for_all):
         time.sleep(0.3 if i == 5 else 0)
         return {"value": np.array([i])}
     order, reports = [5, 3, 0, 4, 1, 2], []
-    results = kept_all("study", "smoke", [dict(i=i) for i in order], make, workers=2, progress=lambda *a: reports.append(a))
+    results = all_cached("study", "smoke", [dict(i=i) for i in order], make, workers=2, progress=lambda *a: reports.append(a))
     assert [r["value"].item() for r in results] == order and reports == [("measure", k, 6) for k in range(7)]
     def never(i): raise AssertionError("made twice")
-    assert [r["value"].item() for r in kept_all("study", "smoke", [dict(i=i) for i in range(6)], never)] == list(range(6))
+    assert [r["value"].item() for r in all_cached("study", "smoke", [dict(i=i) for i in range(6)], never)] == list(range(6))
 
 
 def test_an_error_in_one_measurement_is_told_and_the_finished_ones_stay(place_for_all):
@@ -254,10 +254,10 @@ def test_an_error_in_one_measurement_is_told_and_the_finished_ones_stay(place_fo
         import numpy as np
         if i == 2: raise RuntimeError("measured in vain")
         return {"value": np.array([i])}
-    with pytest.raises(RuntimeError, match="in vain"): kept_all("study", "smoke", [dict(i=i) for i in range(3)], make, workers=2)
+    with pytest.raises(RuntimeError, match="in vain"): all_cached("study", "smoke", [dict(i=i) for i in range(3)], make, workers=2)
     files = {f.name: f.stat().st_mtime_ns for f in place_for_all.rglob("*.npz")}
     assert 0 < len(files) < 3 and not list(place_for_all.rglob(".*.npz*"))
-    kept_all("study", "smoke", [dict(i=i) for i in range(2)], make)
+    all_cached("study", "smoke", [dict(i=i) for i in range(2)], make)
     assert all(f.stat().st_mtime_ns == files[f.name] for f in place_for_all.rglob("*.npz") if f.name in files)
 
 

@@ -1,4 +1,4 @@
-"Attempts to break lfdm.unet: random options and sizes, precisions, memory formats, and wrong input."
+"Attempts to break lfdm.images.unet: random options and sizes, precisions, memory formats, and wrong input."
 import copy
 import json
 import math
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from lfdm.losses import DiffusionLoss
-from lfdm.unet import UNETS, AttentionBlock, ResBlock, TimeEmbedding, UNet, check_size, time_embedding, unet
+from lfdm.images.unet import UNETS, AttentionBlock, ResBlock, TimeEmbedding, UNet, check_size, time_embedding, unet
 
 torch.set_num_threads(1)
 few = settings(max_examples=12, deadline=None, derandomize=True, database=None)

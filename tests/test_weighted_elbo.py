@@ -9,7 +9,7 @@ from lfdm.data import DATASETS, GaussianMixture
 from lfdm.likelihood import nelbo, prior_kl
 from lfdm.schedules import SCHEDULES
 from lfdm.steps import exact_denoiser
-from lfdm.weighted_elbo import (ELBOs, against, augmentation, draw_levels, elbos, eps_slope, exact_elbos, exact_slope, kl_and_fisher, level_grid, model_elbos, over_augmentation,
+from lfdm.weighted_elbo import (ELBOs, elbo_shares, augmentation, draw_levels, elbos, eps_slope, exact_elbos, exact_slope, kl_and_fisher, level_grid, model_elbos, over_augmentation,
                                 over_elbos, over_slopes, weight)
 from lfdm.weightings import WEIGHTINGS, EpsFactor, LogSNRWeighting
 
@@ -124,7 +124,7 @@ def test_a_falling_weight_is_a_mean_of_elbos(c, d):
 @given(numbers(-3, 3), numbers(0, 5))
 def test_what_counts_against_is_nothing_only_if_w_falls(c, d):
     e, w = made(pieces(d)), waves(c)
-    plus, minus = against(w, e)
+    plus, minus = elbo_shares(w, e)
     assert minus >= 0 and plus - minus == pytest.approx(over_elbos(w, e), rel=1e-4, abs=1e-4 * (1 + sum(map(abs, c)) * sum(d)))
     value = weight(w, e.logsnr)
     assert (minus == 0) == (not ((value.diff() > 0) & (e.loss[1:] + e.loss[:-1] > 0)).any())
@@ -224,7 +224,7 @@ def test_a_grid_is_finite_and_increases(low, high, points, message):
                                         (lambda k: 1., 'one weight for each'), (lambda k: k[:-1], 'one weight for each'), ('sigmoyd', "Did you mean 'sigmoid'"), ('rescaled', 'no w'),
                                         (EpsFactor(), 'no w')])
 def test_a_weight_is_finite_and_a_function_of_the_level(w, message):
-    for f in (over_slopes, over_elbos, against, over_augmentation):
+    for f in (over_slopes, over_elbos, elbo_shares, over_augmentation):
         with pytest.raises(ValueError, match=message): f(w, GOOD)
 
 

@@ -8,11 +8,11 @@ from hypothesis import given, settings, strategies as st
 
 from scipy.integrate import simpson
 
-from lfdm.core import from_words
+from lfdm.core import from_spec
 from lfdm.losses import DiffusionLoss
 from lfdm.schedules import CONTINUOUS, SCHEDULES, CosineSchedule
 from lfdm.targets import TARGETS
-from lfdm.weightings import WEIGHTINGS, EDM, EDMMonotonic, EpsFactor, LogSNRWeighting, implied_w, rising
+from lfdm.weightings import WEIGHTINGS, EDM, EDMMonotonic, EpsFactor, LogSNRWeighting, implied_w, rising_intervals
 
 torch.set_num_threads(1)
 f32, f64 = torch.float32, torch.float64
@@ -197,7 +197,7 @@ def test_every_weight_against_50_digits_at_extreme_levels():
         k = torch.tensor([-80., -40.5, -20., -3., -0.25, 0., 0.25, 1.5, 10., 40.5, 80.], dtype=dtype)
         info = torch.finfo(dtype)
         for words, formula in printed.items():
-            w = from_words(WEIGHTINGS, words, 'weighting')
+            w = from_spec(WEIGHTINGS, words, 'weighting')
             got = w.g(k) if isinstance(w, EpsFactor) else w.w(k)
             assert got.dtype == dtype
             for l, value in zip(k.tolist(), got.tolist()):
@@ -233,7 +233,7 @@ def test_edm_monotonic_is_edm_right_of_its_peak_and_never_rises_or_is_refused(me
 
 
 def test_rising_against_what_is_known():
-    r = lambda *triple, **kw: rising(*triple, **kw)
+    r = lambda *triple, **kw: rising_intervals(*triple, **kw)
     near = lambda got, *want: len(got) == len(want) and all(abs(a - b) < 0.01 for pair, ends in zip(got, want) for a, b in zip(pair, ends))
     assert r('cosine', 'eps', 'nelbo') == r('cosine', 'v', 'weighted') == r('rectified_flow', 'flow', 'weighted') == r('ve', 'x', 'exponential') == r('linear', 'F', 'sigmoid(k=-3)') == r('cosine', 'x', 'edm_monotonic') == []
     assert near(r('cosine', 'eps', 'weighted'), (-12.9, 0)) and near(r('ve', 'eps', 'sech'), (-8.8, 0))                    # sech(λ/2)
@@ -300,9 +300,9 @@ def test_options_that_cannot_be_are_named(name, bad):
 
 def test_a_chain_of_levels_is_judged_from_level_to_level():
     "Inside a cell a staircase's density is flat and its weight is not: that is no rise."
-    assert rising('ddpm', 'v', 'weighted') == []
-    (low, high), = rising('ddpm', 'eps', 'weighted')
-    (l, h), = rising('linear', 'eps', 'weighted')
+    assert rising_intervals('ddpm', 'v', 'weighted') == []
+    (low, high), = rising_intervals('ddpm', 'eps', 'weighted')
+    (l, h), = rising_intervals('linear', 'eps', 'weighted')
     assert abs(high - h) < 0.1 and low < -9
 
 

@@ -1,12 +1,13 @@
 """The ledger of equations and the errata: which cell proves, checks or refutes what.
 
 Both are made from the lines that `prove`, `check` and `refute` of lfdm.core leave in the notebooks. Words and
-places stand in nbs/equations.toml and nbs/errata.toml. `python tools/ledger.py` gives an entry that was open the
+places stand in nbs/reference/equations.toml and nbs/reference/errata.toml. `python tools/ledger.py` gives an entry that was open the
 status of its first check, writes the tables into the two pages, and says what is wrong and what is open.
 """
 import ast
 import functools
 import json
+import os
 import re
 import sys
 import tomllib
@@ -16,7 +17,8 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
-PAGES = ("equations.ipynb", "errata.ipynb")
+REFERENCE = NBS / "reference"
+PAGES = ("reference/equations.ipynb", "reference/errata.ipynb")
 
 # --- the numbers of the four documents, in the order in which they occur there
 
@@ -126,7 +128,7 @@ def _mentions(path, _):
 
 def entries():
     "Each equation's entry as written: (document, number) -> its fields."
-    with open(NBS / "equations.toml", "rb") as file: written = tomllib.load(file)
+    with open(REFERENCE / "equations.toml", "rb") as file: written = tomllib.load(file)
     return {(document, number): fields for document, rows in written.items() for number, fields in rows.items()}
 
 
@@ -182,7 +184,7 @@ def place_faults(address, equations):
 
 def errata():
     "Each erratum as written."
-    with open(NBS / "errata.toml", "rb") as file: return [SimpleNamespace(**{"equations": [], "checks": [], "see": [], "quotes": []} | e) for e in tomllib.load(file)["erratum"]]
+    with open(REFERENCE / "errata.toml", "rb") as file: return [SimpleNamespace(**{"equations": [], "checks": [], "see": [], "quotes": []} | e) for e in tomllib.load(file)["erratum"]]
 
 
 SETTLED = {"confirmed": "confirmed", "rejected": "rejected", "open": "open"}
@@ -206,7 +208,7 @@ def errata_faults(lines=None):
 def cell_text(text): return re.sub(r"\s+", " ", text).replace("|", "\\|").strip()
 
 
-def link(p): return f"[{cell_text(p.name)}]({p.address})"
+def link(p): return f"[{cell_text(p.name)}]({os.path.relpath(p.address, REFERENCE.name)})"
 
 
 def named_place(address):
@@ -297,7 +299,7 @@ def refresh(path):
 
 def settle(rows):
     "Write the statuses that `open = true` waited for into equations.toml."
-    path, document = NBS / "equations.toml", None
+    path, document = REFERENCE / "equations.toml", None
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     for i, line in enumerate(lines):
         if head := re.match(r'\["?(.+?)"?\]$', line.strip()): document = head[1]

@@ -5,7 +5,7 @@ The parameters are those of nbs/train_images.ipynb, which shows the run afterwar
 import argparse
 import ast
 
-from lfdm.image_runs import ImageParameters
+from lfdm.images.task import ImageParameters
 from lfdm.runs import make_run, parameters_from, progress_bar
 
 
