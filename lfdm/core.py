@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['unknown', 'lookup', 'from_spec', 'spec', 'instance', 'number', 'seeded', 'expand', 'is_symbolic', 'maths',
-           'as_number', 'prove', 'check', 'refute', 'project_root']
+           'as_number', 'project_root']
 
 # %% ../nbs/library/00_core.ipynb #6326c1cb
 import ast
 import difflib
 import inspect
 import math
-import random
 from numbers import Real
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,71 +154,6 @@ def as_number(t,  # a float, an int, a tensor or a sympy expression
         except (TypeError, ValueError, RuntimeError): raise TypeError(f"expected floating-point numbers, not {t!r}.") from None
     if not t.is_floating_point(): raise TypeError(f"expected floating-point values, not {t.dtype}.")
     return t
-
-# %% ../nbs/library/00_core.ipynb #458a439c
-def prove(left,         # a sympy expression
-          right,        # what it must equal identically
-          source: str,  # the equation proved, e.g. 'thesis 3.22'
-         ) -> None:     # prints the source; raises AssertionError with the residue if the two differ
-    "Prove an identity with sympy, or fail."
-    import sympy
-    residue = sympy.nsimplify(sympy.sympify(left) - sympy.sympify(right))
-    for attempt in (sympy.simplify, lambda r: sympy.simplify(sympy.expand_trig(r)), lambda r: sympy.simplify(r.rewrite(sympy.exp)),
-                    lambda r: sympy.simplify(sympy.expand(sympy.radsimp(r)))):
-        if attempt(residue) == 0: return print(f'proved: {source}')
-    raise AssertionError(f"not proved: {source}: the two sides differ by {sympy.simplify(residue)}")
-
-# %% ../nbs/library/00_core.ipynb #e9933200
-def check(value,        # a float, tensor, array or sympy number
-          expected,     # what it must equal: one number, or of value's shape
-          source: str,  # the equation checked, e.g. 'thesis 3.6'
-          tolerance: float = 1e-9, # largest relative difference; where 0 is expected, relative to the largest that is
-          within=None,  # largest difference instead, e.g. four standard errors; one number or of value's shape
-         ) -> None:     # prints the source and the worst relative difference; raises AssertionError with the numbers, ValueError on unlike shapes
-    "Compare numbers with what they must be, or fail."
-    numbers = lambda v: torch.as_tensor(float(v) if is_symbolic(v) else v, dtype=torch.float64, device='cpu').detach()
-    value, expected = numbers(value), numbers(expected)
-    if expected.ndim and expected.shape != value.shape: raise ValueError(f"{source}: values of shape {tuple(value.shape)}, expected ones of shape {tuple(expected.shape)}.")
-    expected = expected.expand(value.shape)
-    largest = expected.abs().max() if expected.any() else torch.ones(())
-    off = torch.where(value == expected, 0., (value - expected).abs() / torch.where(expected == 0, largest, expected.abs()))
-    worst = off.nan_to_num(nan=math.inf).flatten().argmax()
-    if within is not None:
-        gap, within = (value - expected).abs(), numbers(within).expand(value.shape)
-        worst = (gap / within).nan_to_num(nan=math.inf).flatten().argmax()
-        v, e, gap, allowed = (q.flatten()[worst].item() for q in (value, expected, gap, within))
-        if not gap <= allowed: raise AssertionError(f"not so: {source}: {v:.9g} is not {e:.9g}, a difference of {gap:.2g} (allowed {allowed:.2g})")
-        return print(f'checked: {source}: worst difference {gap:.1g}, allowed {allowed:.1g}')
-    v, e, off = (q.flatten()[worst].item() for q in (value, expected, off))
-    if not off <= tolerance: raise AssertionError(f"not so: {source}: {v:.9g} is not {e:.9g}, a relative difference of {off:.2g} (allowed {tolerance:.2g})")
-    print(f'checked: {source}: worst relative difference {off:.1g}')
-
-# %% ../nbs/library/00_core.ipynb #f7f292cf
-def _example(unknown, rng):
-    "A random value for a symbol, as its assumptions ask, or a smooth positive function for a function."
-    import sympy
-    if unknown.is_Symbol:
-        if unknown.is_integer: return sympy.Integer(rng.randint(1, 9))
-        return sympy.Float(rng.uniform(0.2, 2) * (-1 if unknown.is_negative else 1 if unknown.is_positive else rng.choice((-1, 1))))
-    return rng.uniform(0.2, 2) + sympy.exp(sum(rng.uniform(-1, 1) * a for a in unknown.args))
-
-def refute(left,         # a sympy expression or a number
-           right,        # what a document says it equals
-           source: str,  # what is refuted, e.g. 'thesis 3.8 as printed'
-           at: dict = None, # values for symbols whose assumptions say too little, e.g. one below 1
-          ) -> None:     # prints the source and the two values; raises AssertionError if no point tells them apart
-    "Show by one point that two sides are not equal, or fail."
-    import sympy
-    from sympy.core.function import AppliedUndef
-    left, right = sympy.sympify(left), sympy.sympify(right)
-    for seed in range(10):
-        rng, a, b = random.Random(seed), left.subs(at or {}), right.subs(at or {})
-        for kind in (lambda e: e.atoms(AppliedUndef), lambda e: e.free_symbols):
-            point = {u: _example(u, rng) for u in sorted(kind(a) | kind(b), key=str)}
-            a, b = a.subs(point).doit(), b.subs(point).doit()
-        a, b = (complex(e.evalf()) for e in (a, b))
-        if abs(a - b) > 1e-6 * max(abs(a), abs(b)): return print(f'refuted: {source}: {a.real:.4g} is not {b.real:.4g}')
-    raise AssertionError(f"not refuted: {source}: the two sides agree at ten random points")
 
 # %% ../nbs/library/00_core.ipynb #3b80e114
 def project_root(start=None,  # where to start looking; default: the current folder

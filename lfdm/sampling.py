@@ -14,7 +14,7 @@ from .core import instance, lookup, number, seeded, spec
 from .losses import predict
 from .networks import StackedMLP
 from .schedules import SCHEDULES, Level, Schedule
-from .steps import SAMPLERS, ancestral_step, ddim_step, exact_denoiser, network_denoiser
+from .steps import SAMPLERS, exact_denoiser, network_denoiser
 from .targets import TARGETS, Target
 
 # %% ../nbs/library/80_sampling.ipynb #3fe5eb96

@@ -14,7 +14,7 @@ import torch
 
 from .core import as_number, instance, number, seeded
 from .likelihood import prior_kl
-from .losses import _batch
+from .losses import require_batch
 from .schedules import SCHEDULES, Level, Schedule
 from .weightings import WEIGHTINGS, LogSNRWeighting, Weighting
 
@@ -42,7 +42,7 @@ def eps_slope(denoiser,        # denoiser(z, level) -> (x̂, ε̂)
               seed: int = 0,   # of the noise
              ) -> torch.Tensor: # (k, n), float64; raises ValueError outside the denoiser's range, FloatingPointError
     "½‖ε - ε̂‖² for each level and example, with the same noise at all levels; Kingma & Gao (6, 48)."
-    _batch('x', x)
+    require_batch('x', x)
     logsnr, schedule = as_number(logsnr).flatten(), instance(SCHEDULES, schedule, 'schedule', Schedule)
     low, high = getattr(denoiser, 'within', None) or (-math.inf, math.inf)
     if not (ok := (low <= logsnr) & (logsnr <= high) & logsnr.isfinite()).all():

@@ -74,7 +74,7 @@ def names():
 def points():
     "The first five points of every data set, each split, two seeds; and what identifies the sets of images."
     from lfdm.data import DATASETS
-    from lfdm.runs import kind_of
+    from lfdm.parameters import kind_of
     images = kind_of("images")
     found = {f"{name} {split} {seed}": cls().sample(5, seed, split, torch.float64).tolist()
              for name, cls in DATASETS.items() for split in ("train", "test") for seed in (0, 1)}

@@ -9,7 +9,8 @@ import sympy
 import torch
 from hypothesis import given, settings, strategies as st
 
-from lfdm.core import as_number, check, expand, from_spec, instance, is_symbolic, lookup, maths, number, project_root, prove, unknown
+from lfdm.core import as_number, expand, from_spec, instance, is_symbolic, lookup, maths, number, project_root, unknown
+from lfdm.proofs import check, prove
 from lfdm.core import spec as words_of
 from lfdm.schedules import SCHEDULES
 from lfdm.targets import TARGETS

@@ -9,7 +9,7 @@ import sympy as sp
 import torch
 
 import ledger
-from lfdm.core import check, refute
+from lfdm.proofs import check, refute
 from tree import ROOT
 
 SEEDS = ROOT.parent / "shared" / "seeds"

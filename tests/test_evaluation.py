@@ -9,11 +9,11 @@ from scipy.integrate import simpson
 from scipy.stats import wasserstein_distance
 
 from lfdm.data import DATASETS, Dataset, GaussianMixture, NoDensity
-from lfdm.evaluation import DISTANCES, unit_vectors, floor, floor_per_logsnr, judge, noise_floor, sliced_wasserstein
+from lfdm.evaluation import DISTANCES, floor, floor_per_logsnr, judge, noise_floor, sliced_wasserstein, unit_vectors
 from lfdm.losses import DiffusionLoss
 from lfdm.schedules import CONTINUOUS, SCHEDULES, CosineSchedule, VESchedule
 from lfdm.targets import TARGETS
-from lfdm.training import ValidationSet
+from lfdm.validation import ValidationSet
 from lfdm.weightings import WEIGHTINGS, LogSNRWeighting
 
 torch.set_num_threads(1)

@@ -12,8 +12,11 @@ from PIL import Image
 
 import lfdm.images.quality as quality
 from lfdm.core import expand
-from lfdm.images.quality import FeatureNet, classifier_view, discrete_reconstruction, feature_distance, feature_net, fid, flow_bits_per_dim, frechet_distance, image_bound, inception, inception_file, moments, stated
-from lfdm.images.data import Digits, ImageSet, Templates, dequantize, quantize, scaled
+from lfdm.images.features import FeatureNet, classifier_view, feature_distance, feature_net
+from lfdm.images.fid import fid, frechet_distance, inception, inception_file, moments, stated
+from lfdm.likelihood import discrete_reconstruction, flow_bits_per_dim, image_bound
+from lfdm.images.data import Digits, ImageSet, dequantize, quantize, scaled
+from lfdm.images.templates import Templates
 from lfdm.schedules import SCHEDULES
 from lfdm.steps import exact_denoiser
 

@@ -21,9 +21,12 @@ from safetensors.torch import load_file, save_file
 
 import lfdm.images.task as image_runs
 import lfdm.runs as runs
-from lfdm.images.task import ImageParameters, image_set, make_images
+from lfdm.images.parameters import image_set
+from lfdm.images.task import ImageParameters, make_images
 from lfdm.losses import DiffusionLoss
-from lfdm.runs import FILES, KINDS, folder_of, grid, kind_of, load_run, make_run, parameters_from
+from lfdm.grids import grid
+from lfdm.parameters import KINDS, kind_of, parameters_from
+from lfdm.runs import FILES, folder_of, load_run, make_run
 from lfdm.training import TrainState, train
 from tree import ROOT, cells, edit
 

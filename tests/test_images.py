@@ -17,7 +17,8 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from lfdm.core import from_spec, instance
-from lfdm.images.data import CIFAR10, IMAGES, Digits, ImageFolder, ImageSet, Templates, cell_integrals, decode, dequantize, image_grid, log_cell, quantize, scaled, stratified
+from lfdm.images.data import CIFAR10, IMAGES, Digits, ImageFolder, ImageSet, decode, dequantize, image_grid, quantize, scaled, stratified
+from lfdm.images.templates import Templates, cell_integrals, log_cell
 
 torch.set_num_threads(1)
 f64 = torch.float64

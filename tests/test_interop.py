@@ -11,14 +11,14 @@ from hypothesis import given, settings, strategies as st
 diffusers = pytest.importorskip('diffusers')
 from diffusers.training_utils import compute_snr  # noqa: E402
 
-from lfdm.core import seeded  # noqa: E402
-from lfdm.discrete import DDPMSchedule, DiscreteSchedule  # noqa: E402
-from lfdm.interop import BETA_SCHEDULES, SCHEDULERS, PREDICTIONS, BetasSchedule, as_network, as_unet, from_diffusers, to_diffusers  # noqa: E402
-from lfdm.likelihood import nelbo  # noqa: E402
-from lfdm.losses import DiffusionLoss, predict  # noqa: E402
-from lfdm.sampling import sampling  # noqa: E402
-from lfdm.schedules import SCHEDULES, Level, network_time  # noqa: E402
-from lfdm.steps import ancestral_step, ddim_step, network_denoiser  # noqa: E402
+from lfdm.core import seeded# noqa: E402
+from lfdm.discrete import DDPMSchedule, DiscreteSchedule# noqa: E402
+from lfdm.interop import BETA_SCHEDULES, PREDICTIONS, SCHEDULERS, BetasSchedule, as_network, as_unet, from_diffusers, to_diffusers# noqa: E402
+from lfdm.likelihood import nelbo# noqa: E402
+from lfdm.losses import DiffusionLoss, predict# noqa: E402
+from lfdm.sampling import sampling# noqa: E402
+from lfdm.schedules import SCHEDULES, Level, network_time# noqa: E402
+from lfdm.steps import ancestral_step, ddim_step, network_denoiser# noqa: E402
 
 torch.set_num_threads(1)
 f64 = torch.float64

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 
 import lfdm.runs as runs
 from lfdm.data import DATASETS, GaussianMixture
-from lfdm.runs import FILES, RESULTS_VERSION, Parameters, folder_of, load_run, make_run, parameters_from
+from lfdm.parameters import RESULTS_VERSION, Parameters, parameters_from
+from lfdm.runs import FILES, folder_of, load_run, make_run
 from tree import edit
 
 torch.set_num_threads(1)

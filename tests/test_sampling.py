@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lfdm.networks import MLP
-from lfdm.sampling import SAMPLERS, ancestral_step, ddim_step, exact_denoiser, network_denoiser, sample, sampling
+from lfdm.sampling import sample, sampling
+from lfdm.steps import SAMPLERS, ancestral_step, ddim_step, exact_denoiser, network_denoiser
 from lfdm.schedules import SCHEDULES
 
 torch.set_num_threads(1)

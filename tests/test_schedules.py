@@ -10,8 +10,7 @@ from scipy.integrate import simpson
 
 from lfdm.adaptive import AdaptiveSchedule
 from lfdm.discrete import DDPMSchedule, DiscreteSchedule
-from lfdm.schedules import (CONTINUOUS, SCHEDULES, CosineSchedule, Level, LinearSchedule, VESchedule, dlog_alpha, network_logsnr, network_time, posterior, sample_times, sde,
-                            transition)
+from lfdm.schedules import CONTINUOUS, SCHEDULES, CosineSchedule, Level, LinearSchedule, VESchedule, dlog_alpha, network_logsnr, network_time, posterior, sample_times, sde, transition
 
 torch.set_num_threads(1)
 f32, f64 = torch.float32, torch.float64

@@ -11,8 +11,7 @@ from lfdm.data import DATASETS
 from lfdm.losses import DiffusionLoss
 from lfdm.networks import MLP
 from lfdm.schedules import CONTINUOUS, SCHEDULES, network_logsnr, network_time
-from lfdm.score_matching import (DIRECTIONS, OBJECTIVES, Denoising, Explicit, Hutchinson, Implicit, ScaledScore, ScoreMatchingLoss, Sliced, probe_vectors,
-                                 divergence, projected_divergence)
+from lfdm.score_matching import DIRECTIONS, OBJECTIVES, Denoising, Explicit, Hutchinson, Implicit, ScaledScore, ScoreMatchingLoss, Sliced, divergence, probe_vectors, projected_divergence
 from lfdm.weightings import WEIGHTINGS
 
 torch.set_num_threads(1)

@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 from lfdm.data import DATASETS, GaussianMixture
 from lfdm.losses import DiffusionLoss
 from lfdm.networks import MLP, StackedMLP
-from lfdm.runs import Parameters, folder_of, grid, make_grid, make_run
+from lfdm.grids import grid, make_grid
+from lfdm.parameters import Parameters
+from lfdm.runs import folder_of, make_run
 from lfdm.schedules import SCHEDULES, CosineSchedule
 from lfdm.targets import TARGETS
-from lfdm.training import TrainState, ValidationSet, clip_gradients, train, train_stack
+from lfdm.training import TrainState, clip_gradients, train, train_stack
+from lfdm.validation import ValidationSet
 from lfdm.weightings import WEIGHTINGS, LogSNRWeighting
 
 RING = DATASETS["ring"]()

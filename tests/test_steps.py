@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from lfdm.networks import MLP, StackedMLP
-from lfdm.runs import Parameters, Run
+from lfdm.parameters import Parameters
+from lfdm.runs import Run
 from lfdm.sampling import sample, sample_stack, sampling
 from lfdm.core import from_spec
 from lfdm.schedules import SCHEDULES, CosineSchedule, Level
-from lfdm.steps import (SAMPLERS, Counted, adaptive_step, annealed_langevin_step, at_angle, ddim_step, dpmpp_2m_step, edm_step, exact_denoiser, langevin_step,
-                        network_denoiser, predictor_corrector_step, solve, velocity)
+from lfdm.steps import SAMPLERS, Counted, adaptive_step, annealed_langevin_step, at_angle, ddim_step, dpmpp_2m_step, edm_step, exact_denoiser, langevin_step, network_denoiser, predictor_corrector_step, solve, velocity
 
 torch.set_num_threads(1)
 f32, f64 = torch.float32, torch.float64

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lfdm.data import DATASETS
-from lfdm.runs import Parameters, grid, make_grid
-from lfdm.studies import Record, condense, cached_arrays, all_cached, load_record, make_record, measured, outside, npz_bytes, place, suffixed, write_whole
+from lfdm.grids import grid, make_grid
+from lfdm.parameters import Parameters
+from lfdm.studies import Record, all_cached, cached_arrays, condense, load_record, make_record, measured, npz_bytes, outside, place, suffixed, write_whole
 
 SMALL = dict(dataset="cluster", epochs=2, width=8, batch_size=10_000, sample_steps=4, n_samples=50)
 MEASURED = dict(steps=[2], epochs=[1, 2], times=[0.5], points=20, arrows=2, logsnr=[3.])

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from lfdm.schedules import SCHEDULES
-from lfdm.targets import TARGETS, F, convert, nonzero
+from lfdm.targets import F, TARGETS, convert, nonzero
 
 torch.set_num_threads(1)
 f32, f64 = torch.float32, torch.float64

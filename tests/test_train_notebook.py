@@ -17,7 +17,8 @@ import torch  # noqa: E402
 from papermill.cli import _resolve_type  # noqa: E402
 from papermill.parameterize import parameterize_notebook  # noqa: E402
 
-from lfdm.runs import FILES, Parameters, load_run  # noqa: E402
+from lfdm.parameters import Parameters
+from lfdm.runs import FILES, load_run
 
 torch.set_num_threads(1)
 NOTEBOOK = ROOT / 'nbs' / 'train.ipynb'

@@ -14,7 +14,8 @@ from lfdm.evaluation import floor
 from lfdm.losses import DiffusionLoss
 from lfdm.networks import MLP
 from lfdm.schedules import SCHEDULES, CosineSchedule, network_logsnr
-from lfdm.training import TrainState, ValidationSet, clip_gradients, ema_decay, train, training_options, warmed_up
+from lfdm.training import TrainState, clip_gradients, ema_decay, train, training_options, warmed_up
+from lfdm.validation import ValidationSet
 
 torch.set_num_threads(1)
 DATA = GaussianMixture([[0., 0.], [2., 1.], [-1., 3.]], [.3, .6, .9], [.2, .5, .3])

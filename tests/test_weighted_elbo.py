@@ -9,8 +9,7 @@ from lfdm.data import DATASETS, GaussianMixture
 from lfdm.likelihood import nelbo, prior_kl
 from lfdm.schedules import SCHEDULES
 from lfdm.steps import exact_denoiser
-from lfdm.weighted_elbo import (ELBOs, elbo_shares, augmentation, draw_levels, elbos, eps_slope, exact_elbos, exact_slope, kl_and_fisher, level_grid, model_elbos, over_augmentation,
-                                over_elbos, over_slopes, weight)
+from lfdm.weighted_elbo import ELBOs, augmentation, draw_levels, elbo_shares, elbos, eps_slope, exact_elbos, exact_slope, kl_and_fisher, level_grid, model_elbos, over_augmentation, over_elbos, over_slopes, weight
 from lfdm.weightings import WEIGHTINGS, EpsFactor, LogSNRWeighting
 
 torch.set_num_threads(1)

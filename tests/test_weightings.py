@@ -12,7 +12,7 @@ from lfdm.core import from_spec
 from lfdm.losses import DiffusionLoss
 from lfdm.schedules import CONTINUOUS, SCHEDULES, CosineSchedule
 from lfdm.targets import TARGETS
-from lfdm.weightings import WEIGHTINGS, EDM, EDMMonotonic, EpsFactor, LogSNRWeighting, implied_w, rising_intervals
+from lfdm.weightings import EDM, WEIGHTINGS, EDMMonotonic, EpsFactor, LogSNRWeighting, implied_w, rising_intervals
 
 torch.set_num_threads(1)
 f32, f64 = torch.float32, torch.float64

@@ -11,7 +11,9 @@ import torch
 import yaml
 from filelock import FileLock
 
-from lfdm.runs import FILES, folder_of, grid, kind_of, load_run, make_run
+from lfdm.grids import grid
+from lfdm.parameters import kind_of
+from lfdm.runs import FILES, folder_of, load_run, make_run
 from lfdm.studies import NETWORKS
 from tree import ROOT, cells
 

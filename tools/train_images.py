@@ -6,7 +6,8 @@ import argparse
 import ast
 
 from lfdm.images.task import ImageParameters
-from lfdm.runs import make_run, parameters_from, progress_bar
+from lfdm.parameters import parameters_from
+from lfdm.runs import make_run, progress_bar
 
 
 def value(text):

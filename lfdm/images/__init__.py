@@ -1,0 +1,1 @@
+from . import templates  # it joins IMAGES
