@@ -1,6 +1,7 @@
 """Formulas and guards, broken on purpose: do their tests notice?
 
     python tests/mutations.py draw    # twenty of each, by the recorded seed, into mutations.json
+    python tests/mutations.py one 7   # break that one
     python tests/mutations.py run     # break each in a copy of the repository and run the tests of its module
 
 A mutation is known by the text of what it changes, as Python's own parser writes it, so that it is found again when
@@ -66,12 +67,13 @@ def draw():
     FILE.write_text(json.dumps(chosen, indent=1, ensure_ascii=False) + "\n")
 
 
-def run(tests_of):
-    "Break each, and run the tests of its module; prints which were caught."
+def run(tests_of, only=None):
+    "Break each, or one, and run the tests of its module; prints which were caught."
     with tempfile.TemporaryDirectory() as root:
         copy, caught = copy_tree(Path(root)), 0
         chosen = json.loads(FILE.read_text())
         for i, m in enumerate(chosen):
+            if only not in (None, i): continue
             place = m.get("now", m)
             path = modules(copy)[place["module"]]
             whole = path.read_text()
@@ -82,7 +84,7 @@ def run(tests_of):
             path.write_text(whole)
             caught += done.returncode == 1
             print(f"{i:3} {'caught' if done.returncode == 1 else f'NOT CAUGHT ({done.returncode})'} {m['kind']} {place['module']}: {place['text'][:90]}", flush=True)
-        print(f"{caught} of {len(chosen)} caught")
+        if only is None: print(f"{caught} of {len(chosen)} caught")
 
 
 def tests_of(module):
@@ -91,6 +93,9 @@ def tests_of(module):
 
 
 MORE = dict(adaptive=["schedules", "training"], discrete=["schedules"], networks=["training", "stack"], studies=["studies_record"], runs=["runs", "stack"])
+MORE["images.data"] = MORE["images.templates"] = ["images"]
 
 
-if __name__ == "__main__": draw() if sys.argv[1] == "draw" else run(tests_of)
+if __name__ == "__main__":
+    if sys.argv[1] == "draw": draw()
+    else: run(tests_of, int(sys.argv[2]) if sys.argv[1] == "one" else None)
