@@ -8,7 +8,7 @@ __all__ = ['NBS', 'REFERENCE', 'PAGES', 'DOCUMENTS', 'TITLES', 'NUMBER', 'STATUS
            'mentions', 'entries', 'ledger', 'place_faults', 'faults', 'errata', 'errata_faults', 'equation_table',
            'status_table', 'errata_table', 'errata_list', 'refreshed', 'settle', 'write_pages']
 
-# %% ../nbs/library/04_ledger.ipynb #295d2d67
+# %% ../nbs/library/04_ledger.ipynb #5ade6401
 import ast
 import functools
 import json
@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 from .core import project_root
 
-# %% ../nbs/library/04_ledger.ipynb #b4bf0750
+# %% ../nbs/library/04_ledger.ipynb #d854387d
 NBS = project_root() / 'nbs'
 REFERENCE = NBS / 'reference'
 PAGES = ('reference/equations.ipynb', 'reference/errata.ipynb')   # what `write_pages` writes
@@ -39,7 +39,7 @@ STATUSES = {'proved': 'proved by sympy', 'checked': 'checked numerically', 'defi
             'background': 'background', 'wrong': 'wrong as printed', 'open': 'open'}
 VERDICTS = ('proved', 'checked', 'refuted')
 
-# %% ../nbs/library/04_ledger.ipynb #a39d3c9a
+# %% ../nbs/library/04_ledger.ipynb #a16f3f5a
 JOINT = r'(?:\s*(?:[,;]|\bto\b|–|\band\b|\bwith\b)(?:\s*(?:so|and|with))?)\s*'   # between two numbers
 RANGE = r'\s*(to|–)'
 
@@ -63,7 +63,7 @@ def named(text: str,  # such as 'Kingma & Gao 34, 35; 36 with 1/π'
             found += [(document, n) for n in _numbers(document, text[start.end():])]
     return list(dict.fromkeys(found))
 
-# %% ../nbs/library/04_ledger.ipynb #5ea67caa
+# %% ../nbs/library/04_ledger.ipynb #c0104163
 def heading_id(text: str,  # of a heading, with {#name} if it has one
               ) -> str:    # its address within its page
     "The address of a heading."
@@ -97,7 +97,7 @@ def read(path: Path,  # of a notebook
         cells.append((cell['cell_type'], source, ''.join(streams), heading))
     return title, cells
 
-# %% ../nbs/library/04_ledger.ipynb #feff2ddc
+# %% ../nbs/library/04_ledger.ipynb #e8c7c749
 CAN_FAIL = re.compile(r'\b(prove|check|refute|test_\w+)\(|\bassert\b')
 FIGURES = re.compile(r': (worst relative difference \S+|\S+ is not \S+)$')   # the numbers at a line's end
 
@@ -125,7 +125,7 @@ def checks() -> list:  # with `verdict`, `source`, `equations`, `place` and `can
                                              can_fail=bool(CAN_FAIL.search(code))))
     return found
 
-# %% ../nbs/library/04_ledger.ipynb #9821dc79
+# %% ../nbs/library/04_ledger.ipynb #494f1cc5
 @_unchanged
 def mentions(path: Path,  # of a page
             ) -> set:     # of (document, number)
@@ -137,7 +137,7 @@ def mentions(path: Path,  # of a page
     plain = re.sub(r'\s+', ' ', re.sub(r'[()]', '', text))
     return set(named(plain)) | {('thesis', n) for n in bare if n in DOCUMENTS['thesis']}
 
-# %% ../nbs/library/04_ledger.ipynb #4dad89b8
+# %% ../nbs/library/04_ledger.ipynb #e1d34aeb
 def entries() -> dict:  # (document, number) -> its fields
     "Each equation's entry as it is written in equations.toml."
     with open(REFERENCE / 'equations.toml', 'rb') as file: written = tomllib.load(file)
@@ -166,7 +166,7 @@ def ledger(lines=None,  # of `checks`; default: those of the notebooks
                                     where=fields.get('at') or shared.get('at'))
     return rows
 
-# %% ../nbs/library/04_ledger.ipynb #60e31777
+# %% ../nbs/library/04_ledger.ipynb #85865fe0
 def place_faults(address: str, # 'library/10_schedules.ipynb#the-forward-process'
                  equations,    # of which the page must mention one; None: any page will do
                 ) -> list:     # of sentences
@@ -213,7 +213,7 @@ def faults(lines=None,  # of `checks`; default: those of the notebooks
     return ([fault for line in lines for fault in _line_faults(line, rows)]
             + [fault for row in rows.values() for fault in _row_faults(row)])
 
-# %% ../nbs/library/04_ledger.ipynb #a8ae7e67
+# %% ../nbs/library/04_ledger.ipynb #08f1da97
 SETTLED = ('confirmed', 'rejected', 'open')
 OPTIONAL = dict(found=False)   # fields that an erratum may leave out
 
@@ -237,7 +237,7 @@ def errata_faults(lines=None,  # of `checks`; default: those of the notebooks
     sources, known = {line.source for line in (checks() if lines is None else lines)}, entries()
     return [f'{e.where}: {fault}' for e in errata() for fault in _erratum_faults(e, sources, known)]
 
-# %% ../nbs/library/04_ledger.ipynb #b84a4e72
+# %% ../nbs/library/04_ledger.ipynb #8030b876
 def _cell(text): return re.sub(r'\s+', ' ', text).replace('|', '\\|').strip()
 def _anchor(key): return re.sub(r'\W+', '-', ' '.join(key).lower().replace('kingma & gao', 'kingma-gao'))
 def _link(at): return f'[{_cell(at.name)}]({os.path.relpath(at.address, REFERENCE.name)})'
@@ -283,7 +283,7 @@ def status_table(rows=None,  # of `ledger`; default: that of the notebooks
         lines.append(f'| {title} | {cells} | {count.total()} |')
     return '\n'.join(lines)
 
-# %% ../nbs/library/04_ledger.ipynb #9502bb98
+# %% ../nbs/library/04_ledger.ipynb #97d75590
 def errata_table() -> str:  # Markdown
     "How many errata of each kind."
     lines = ['| | ' + ' | '.join(SETTLED) + ' |', '|:--|' + '--:|' * len(SETTLED)]
@@ -314,7 +314,7 @@ def errata_list(document: str, # in DOCUMENTS
             f'- *Settled by*: {_settled_by(e, lines)}']))
     return '\n\n'.join(parts)
 
-# %% ../nbs/library/04_ledger.ipynb #53bb4228
+# %% ../nbs/library/04_ledger.ipynb #8e119125
 TABLES = {f.__name__: f for f in (equation_table, status_table, errata_table, errata_list)}
 
 def refreshed(path: Path,  # of a reference page
