@@ -144,7 +144,8 @@ def test_a_notebooks_variables_become_parameters():
 
 @pytest.mark.parametrize("wrong, right", [
     ("epoch", "epochs"), ("batchsize", "batch_size"), ("targets", "target"), ("LR", "lr"),
-    ("learning_rate", None), ("n_sample", "n_samples"), ("Seed", "seed"), ("logsnrmin", "logsnr_min"), ("data_set", "dataset")])
+    ("learning_rate", None),
+    ("n_sample", "n_samples"), ("Seed", "seed"), ("logsnrmin", "logsnr_min"), ("data_set", "dataset")])
 def test_a_misspelt_parameter(wrong, right):
     hint = f"^unknown parameter '{wrong}'. " + (f"Did you mean '{right}'" if right else "Valid")
     for value in (5, 1e3, "true", None, True, [1]):
@@ -153,7 +154,8 @@ def test_a_misspelt_parameter(wrong, right):
 
 @pytest.mark.parametrize("name, value", [
     ("lr", np.float32(.5)), ("seed", np.int64(3)), ("epochs", torch.tensor(3)),
-    ("device", torch.device("cpu")), ("target", b"v"), ("width", {8}), ("schedule", object())], ids=lambda v: str(v)[:12])
+    ("device", torch.device("cpu")),
+    ("target", b"v"), ("width", {8}), ("schedule", object())], ids=lambda v: str(v)[:12])
 def test_a_parameter_of_an_odd_type_is_not_silently_the_default(name, value):
     try: found = getattr(parameters_from({name: value}), name)
     except REFUSED as e: assert name in str(e)
@@ -176,7 +178,8 @@ def test_papermills_other_values(typed):
 
 @pytest.mark.parametrize("change, says", [
     (dict(epoch=5), "unknown parameter 'epoch'. Did you mean 'epochs'"),
-    (dict(width=...), "parameters missing: width"), (dict(device=...), "parameters missing: device"), (dict(epochs="3"), "epochs must")], ids=str)
+    (dict(width=...), "parameters missing: width"),
+    (dict(device=...), "parameters missing: device"), (dict(epochs="3"), "epochs must")], ids=str)
 def test_a_record_that_does_not_fit(change, says):
     record = {k: v for k, v in (dataclasses.asdict(small()) | change).items() if v is not ...}
     with pytest.raises(REFUSED, match=re.escape(says)): Parameters.from_record(record)
