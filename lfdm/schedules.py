@@ -53,7 +53,7 @@ def posterior(s: Level,   # the cleaner level, to which the step goes
     k_x = s.alpha * var_ts / t.sigma**2
     return k_z, k_x, var_ts * (s.sigma / t.sigma)**2
 
-# %% ../nbs/library/10_schedules.ipynb #8d2ade35
+# %% ../nbs/library/10_schedules.ipynb #153df376
 def preserving(logsnr,     # λ, a tensor or a symbol
               ) -> tuple:  # (α, σ)
     "Variance preserving scales: α² = sigmoid(λ), σ² = sigmoid(-λ); Kingma & Gao (58, 59)."
@@ -71,7 +71,7 @@ def straight(logsnr,     # λ, a tensor or a symbol
     m = maths(logsnr)
     return m.sigmoid(logsnr / 2), m.sigmoid(-logsnr / 2)
 
-# %% ../nbs/library/10_schedules.ipynb #6f6c67c0
+# %% ../nbs/library/10_schedules.ipynb #15c62ec7
 def _checked_range(schedule, logsnr_min, logsnr_max):
     "(λ_min, λ_max) as floats; raises ValueError unless the schedule reaches this range."
     low, high = number('logsnr_min', logsnr_min), number('logsnr_max', logsnr_max)
