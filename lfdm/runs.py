@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .core import project_root, unknown
+from .folders import runs_root
 from .parameters import RESULTS_VERSION, RunParameters
 from .sampling import sample
 from .steps import network_denoiser
@@ -90,8 +91,7 @@ def folder_of(parameters: RunParameters, # the run
     "Where a run's record lies."
     plain = isinstance(study, str) and study not in ('', '.', '..') and Path(study).name == study
     if not plain: raise ValueError(f'study must be a plain folder name, not {study!r}.')
-    root = root or os.environ.get('LFDM_RUNS') or project_root() / 'runs'
-    return Path(root) / study / parameters.slug()
+    return runs_root(root) / study / parameters.slug()
 
 # %% ../nbs/library/95_runs.ipynb #b54200e7
 FILES = ('params.json', 'metrics.jsonl', 'summary.json', 'model.safetensors', 'samples.npz')
