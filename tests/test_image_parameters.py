@@ -15,8 +15,8 @@ from photos import TINY, write_images
 
 REFUSED = (ValueError, TypeError)
 NAMES = ["dataset", "network", "target", "weighting", "schedule", "sampler", "precision", "device"]
-NUMBERS = ["epochs", "batch_size", "lr", "seed", "sample_steps", "n_samples", "judged", "warmup", "ema", "clip",
-           "logsnr_min", "logsnr_max"]
+NUMBERS = ["epochs", "batch_size", "lr", "seed", "sample_steps", "n_samples", "judged", "warmup", "ema",
+           "clip", "logsnr_min", "logsnr_max"]
 NOTHING = [math.nan, math.inf, -math.inf, "true", "ten", "", [1], {}, (1,), True, 1j, b"1", 10**400, -1e300]
 WORDS = [None, 3, 1.5, True, ["eps"], {}, "small(", "digits(n=3)", "v(k=3)", "()", '__import__("os")', "cuda",
          "cuda:0", "mps:1", "Digits"]
@@ -24,7 +24,8 @@ CONTENT = [0, 3, True, ["x"], b"x", "1x16x16", "0x16x16, 17 values, 3d019220", "
            "1x16x16, 17 values, 3d01922", "1x16x16, x values, 3d019220"]
 OTHER = dict(target="v", weighting="nelbo", schedule="linear", logsnr_min=-9, logsnr_max=9, epochs=4,
              batch_size=63, lr=1e-3, seed=1, sampler="ddim", sample_steps=6, n_samples=51,
-             dataset="templates", judged=9, network="small(width=4)", ema=None, clip=2, warmup=10, flip=True, precision="bf16", compiled=True)
+             dataset="templates", judged=9, network="small(width=4)", ema=None, clip=2, warmup=10, flip=True,
+             precision="bf16", compiled=True)
 few = settings(max_examples=40, deadline=None)
 
 
