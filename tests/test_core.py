@@ -1,6 +1,9 @@
 "Attempts to break lfdm.core: wrong names, wrong numbers, wrong shapes."
 import math
+import os
 import string
+import subprocess
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -9,7 +12,7 @@ import sympy
 import torch
 from hypothesis import given, settings, strategies as st
 
-from lfdm.core import as_number, expand, from_spec, instance, is_symbolic, lookup, maths, number, project_root, unknown
+from lfdm.core import as_number, expand, from_spec, instance, is_symbolic, lookup, maths, number, project_root, unknown, write_whole
 from lfdm.proofs import check, prove
 from lfdm.core import spec as words_of
 from lfdm.schedules import SCHEDULES
@@ -270,3 +273,31 @@ def test_a_check_within_a_difference_fails_beyond_it(capsys):
     for bad in (float('nan'), float('inf')):
         with pytest.raises(AssertionError): check([bad], [1.], 'three', within=10.)
     with pytest.raises(AssertionError): check([1.], [1.1], 'four', within=0.)
+
+
+# ---- whole files
+
+def test_a_file_is_whole_or_the_former_one(tmp_path):
+    path = tmp_path / 'file'
+    path.write_text('former')
+    for fault in (OSError('disk full'), KeyboardInterrupt()):
+        with pytest.raises(type(fault)), write_whole(path) as draft:
+            draft.write_text('half')
+            raise fault
+    with pytest.raises(FileNotFoundError), write_whole(path): pass   # nothing written
+    assert path.read_text() == 'former' and os.listdir(tmp_path) == ['file']
+    with write_whole(path) as draft:
+        draft.write_text('new')
+        assert path.read_text() == 'former'
+    assert path.read_text() == 'new' and os.listdir(tmp_path) == ['file']
+
+
+def test_a_killed_writer_leaves_the_former_file(tmp_path):
+    path = tmp_path / 'file'
+    path.write_text('former')
+    die = ("import os, sys; from lfdm.core import write_whole\n"
+           "with write_whole(sys.argv[1], sys.argv[2]) as draft: draft.write_text('half'); os.kill(os.getpid(), 9)")
+    killed = subprocess.run([sys.executable, '-c', die, path, tmp_path / 'draft'], cwd=project_root(__file__))
+    assert killed.returncode == -9 and path.read_text() == 'former' and (tmp_path / 'draft').read_text() == 'half'
+    with write_whole(path, tmp_path / 'draft') as draft: draft.write_text('new')   # the leftover does no harm
+    assert path.read_text() == 'new' and os.listdir(tmp_path) == ['file']
