@@ -26,7 +26,7 @@ def sampling(denoiser: Denoiser,     # what guesses data and noise
              sampler='ancestral',    # a name in SAMPLERS, or a step function
              generator: torch.Generator = None,  # source of the randomness; default: torch's own
              dtype: torch.dtype = torch.float32, # of the samples
-            ):                       # yields (i, level, z): after i steps, at that level; first i = 0, the prior
+            ):                       # yields (i, level, z) after i steps; first i = 0, the prior
     "Sample step by step. Raises ValueError before any work, FloatingPointError when z stops being finite."
     steps, schedule, step = choices(denoiser, steps, schedule, sampler)
     device = generator.device if generator is not None else 'cpu'
@@ -92,8 +92,8 @@ def choices(denoiser: Denoiser, # what guesses
 
 # %% ../nbs/library/80_sampling.ipynb #ba508501
 def _leaves_training(schedule, low, high):
-    return (f"sampling over logsnr from {schedule.logsnr_min:g} to {schedule.logsnr_max:g} leaves the range of "
-            f"the training, {low:g} to {high:g}. {_advice(schedule, low, high)}")
+    return (f"sampling over logsnr from {schedule.logsnr_min:g} to {schedule.logsnr_max:g} "
+            f"leaves the range of the training, {low:g} to {high:g}. {_advice(schedule, low, high)}")
 
 def _advice(schedule, low, high):
     "The same schedule with its options, cut to the range; another one if it cannot be cut."
