@@ -3,7 +3,7 @@
 # its own set-up (.venv, the pinned packages), once.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup figures draw study train test lab docs export lock clean
+.PHONY: help setup figures draw study train lint test lab docs export lock clean
 
 # The Python that makes .venv: the first of these that is new enough and has venv.
 # Another one: `make PYTHON=/path/to/python`.
@@ -67,7 +67,10 @@ train: $(READY) ## train, sample and judge one model: make train args="-p target
 	@$(PY) -m papermill nbs/train.ipynb "$(out)" --no-progress-bar --stdout-file - --stderr-file - $(args)
 	@echo "The notebook with its figures: $(out)"
 
-test: $(READY) ## run every test: exports, README, links, packaging, site and all notebooks
+lint: $(READY) ## check style, width and unused names of notebooks, modules, tests and tools (ruff)
+	@$(PY) -m ruff check --quiet && echo "lint: all good"
+
+test: $(READY) lint ## run every test: lint, exports, README, links, packaging, site and all notebooks
 	@$(PY) -m pytest $(args)
 
 lab: $(READY) ## open JupyterLab on the notebooks
@@ -79,7 +82,7 @@ docs: $(READY) ## build the site into _docs (with Quarto where it is installed)
 export: $(READY) ## bring lfdm/, README.md and the pages of equations up to date with the notebooks, and clean these
 	@$(PY) -c "from nbdev.doclinks import nbdev_export; nbdev_export()"
 	@$(PY) -c "from nbdev.clean import nbdev_clean; nbdev_clean()"
-	@$(PY) tools/ledger.py
+	@$(PY) -c "from lfdm.ledger import write_pages; write_pages()"
 	@$(PY) tools/readme.py
 
 # Later versions of Python pull in a few packages more: each adds its own to those of 3.11.

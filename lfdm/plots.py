@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'LABELS', 'DASHES', 'STABLE', 'ANONYMOUS', 'DPI', 'use_style', 'freeze_layout', 'shrunk', 'render',
-           'describe', 'save_figure', 'show', 'figure_record', 'scatter', 'band', 'forward_row', 'plot_forward',
+           'describe', 'save_figure', 'figure_record', 'show', 'keep', 'scatter', 'band', 'forward_row', 'plot_forward',
            'score_field', 'plot_loss', 'plot_loss_per_logsnr', 'plot_samples', 'show_images', 'plot_noisy_images',
            'plot_image_samples']
 
@@ -23,92 +23,127 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from .core import write_whole
 from .evaluation import floor_per_logsnr
+from .folders import place, suffixed
 from .images.data import image_grid, quantize, scaled
-from .studies import place, suffixed
 
 # %% ../nbs/library/99_plots.ipynb #b53b8d65
 _palette = sns.color_palette('colorblind').as_hex()
 COLORS = {  # the same thing has the same colour in every figure
     'x': _palette[0], 'eps': _palette[1], 'v': _palette[2], 'score': _palette[3], 'F': _palette[4],
     'flow': _palette[8],
-    'cosine': _palette[5], 'shifted_cosine': _palette[5], 'linear': _palette[9], 'ddpm': _palette[9], 've': _palette[6], 'edm_train': '#54278f', 'edm_sample': '#54278f',
-    'rectified_flow': '#006d2c', 'logit_normal': '#006d2c', 'discrete': _palette[7], 'adaptive': '#a50f15',
+    'cosine': _palette[5], 'shifted_cosine': _palette[5],
+    'linear': _palette[9], 'ddpm': _palette[9],
+    've': _palette[6],
+    'edm_train': '#54278f', 'edm_sample': '#54278f',
+    'rectified_flow': '#006d2c', 'logit_normal': '#006d2c',
+    'discrete': _palette[7], 'adaptive': '#a50f15',
     'data': '#444444', 'floor': '#000000'}
 LABELS = {'x': '$x$', 'eps': '$\\epsilon$', 'v': '$v$', 'score': '$s$', 'F': '$F$', 'flow': '$u$'}
-DASHES = dict.fromkeys(('shifted_cosine', 'ddpm', 'edm_sample', 'logit_normal', 'discrete'), (0, (4, 1.5)))   # where two schedules of one family share a colour
+DASHES = dict.fromkeys(('shifted_cosine', 'ddpm', 'edm_sample', 'logit_normal', 'discrete'), (0, (4, 1.5)))
 
 def use_style() -> None:
     "The project's figure style: call it once before drawing."
-    sns.set_theme(context='paper', style='ticks', palette='colorblind',
-                  rc={'figure.dpi': 110, 'savefig.dpi': 150, 'figure.constrained_layout.use': True, 'axes.spines.top': False,
-                      'axes.spines.right': False, 'legend.frameon': False, 'svg.hashsalt': 'lfdm', 'figure.figsize': (5, 3)})
+    sns.set_theme(context='paper', style='ticks', palette='colorblind', rc={
+        'figure.dpi': 110, 'savefig.dpi': 150, 'figure.figsize': (5, 3),
+        'figure.constrained_layout.use': True, 'svg.hashsalt': 'lfdm',
+        'axes.spines.top': False, 'axes.spines.right': False, 'legend.frameon': False})
 
 # %% ../nbs/library/99_plots.ipynb #bc902a34
-STABLE = {'svg.hashsalt': 'lfdm', 'svg.fonttype': 'path', 'font.sans-serif': ['DejaVu Sans'], 'savefig.bbox': None}
+STABLE = {'svg.hashsalt': 'lfdm', 'svg.fonttype': 'path',
+          'font.sans-serif': ['DejaVu Sans'], 'savefig.bbox': None}
 ANONYMOUS = {'png': {'Software': None}, 'svg': {'Date': None, 'Creator': None}}
-DPI = {'png': 180, 'svg': 110}   # of the points that are an image inside an SVG, so that it stays small
+DPI = {'png': 180, 'svg': 110}   # an SVG's is that of scattered points, which are one image in it
 
 def freeze_layout(fig,  # a figure
                  ):
-    "Compute the layout now and keep it: it takes a few rounds to settle, and each drawing would move the axes a little."
+    "Compute the layout now and keep it: each drawing would move the axes a little, for a few rounds."
     with plt.rc_context(STABLE):
-        for _ in range(4 * (fig.get_layout_engine() is not None)): fig.draw_without_rendering()
+        if fig.get_layout_engine() is not None:
+            for _ in range(4): fig.draw_without_rendering()
         fig.set_layout_engine('none')
 
 def shrunk(file,              # a PNG file
            description: str,  # stored inside
           ) -> bytes:         # a PNG of 256 colours, a third of the size
     "A PNG with a palette."
+    text = PngInfo()
+    text.add_text('Description', description)
     with Image.open(file) as image, io.BytesIO() as small:
-        text = PngInfo(); text.add_text('Description', description)
-        image.convert('RGB').quantize(256, dither=Image.Dither.NONE).save(small, 'png', optimize=True, pnginfo=text, dpi=image.info['dpi'])
+        few = image.convert('RGB').quantize(256, dither=Image.Dither.NONE)
+        few.save(small, 'png', optimize=True, pnginfo=text, dpi=image.info['dpi'])
         return small.getvalue()
 
-def render(fig,                # a figure
-           form: str,          # 'png' or 'svg'
-           description: str,   # stored inside, in ASCII
-          ) -> bytes:          # the same for the same figure
+def render(fig,               # a figure
+           form: str,         # 'png' or 'svg'
+           description: str,  # stored inside, in ASCII
+          ) -> bytes:         # the same for the same figure
     "A figure as the bytes of a file."
+    metadata = ANONYMOUS[form] | {'Description': description}
     with plt.rc_context(STABLE), io.BytesIO() as file:
-        fig.savefig(file, format=form, dpi=DPI[form], metadata=ANONYMOUS[form] | {'Description': description})
+        fig.savefig(file, format=form, dpi=DPI[form], metadata=metadata)
         return shrunk(file, description) if form == 'png' else file.getvalue()
 
 # %% ../nbs/library/99_plots.ipynb #8c157d37
-def describe(name: str,        # the figure's
-             parameters: dict, # what made it
-             scale: str,       # one of SCALES
-            ) -> str:          # JSON in ASCII; raises ValueError or TypeError
-    "What is stored inside a figure's file."
+def _require_name(name):
     if not isinstance(name, str) or not re.fullmatch('[a-z0-9]+([-_][a-z0-9]+)*', name):
-        raise ValueError(f"a figure's name is made of small letters and digits, joined by - or _, not {name!r}.")
-    if not isinstance(parameters, dict): raise TypeError(f"a figure's parameters must be a dict, not {parameters!r:.60}.")
+        raise ValueError("a figure's name is made of small letters and digits, joined by - or _, "
+                         f"not {name!r}.")
+
+def describe(name: str,         # the figure's
+             parameters: dict,  # what made it
+             scale: str,        # one of SCALES
+            ) -> str:           # JSON in ASCII; raises ValueError or TypeError
+    "What is stored inside a figure's file."
+    _require_name(name)
+    if not isinstance(parameters, dict):
+        raise TypeError(f"a figure's parameters must be a dict, not {parameters!r:.60}.")
     try: return json.dumps({'figure': name, 'scale': scale, 'parameters': parameters}, allow_nan=False)
-    except (TypeError, ValueError) as e: raise type(e)(f"the parameters of figure {name!r} must be what JSON can hold: {e}.") from None
+    except (TypeError, ValueError) as e:
+        raise type(e)(f"the parameters of figure {name!r} must be what JSON can hold: {e}.") from None
 
 # %% ../nbs/library/99_plots.ipynb #713cb066
-def save_figure(fig,               # what to save
-                name: str,         # e.g. 'fig-3-2': small letters and digits, joined by - or _
-                parameters: dict,  # what made it: anything JSON can hold
-                folder=None,       # where to; default: `place('figures', scale)`
-                scale: str = 'full', # one of SCALES; if not full it is written into the figure and its file name
-                reduced: str = '', # what the smaller scale leaves out, written beside it
-               ) -> list:          # the paths of the PNG and the SVG; raises ValueError or TypeError before it writes
-    "Save a figure as PNG and SVG, byte-stable, with its parameters inside."
+def _tell_scale(fig, scale, reduced):
+    "Write the scale in the corner of a figure, once, unless it is full."
+    if scale == 'full' or any(t.get_gid() == 'scale' for t in fig.texts): return
+    text = f' {scale}: {reduced}' if reduced else f' {scale}'
+    title = fig.suptitle(text, ha='left', size='small', color='gray', gid='scale')
+    title.set_x(0)   # now: at x=0 from the start it gets no space of its own
+
+def save_figure(fig,                  # what to save
+                name: str,            # e.g. 'fig-3-2': small letters and digits, joined by - or _
+                parameters: dict,     # what made it: anything JSON can hold
+                folder=None,          # where to; default: `place('figures', scale)`
+                scale: str = 'full',  # one of SCALES; if not full, the figure and its file name say it
+                reduced: str = '',    # what the smaller scale leaves out, written beside it
+               ) -> list:             # the paths of the PNG and the SVG
+    "Save a figure as PNG and SVG with its parameters inside; bad input raises ValueError or TypeError first."
     default = place('figures', scale)
     folder, description = Path(folder or default), describe(name, parameters, scale)
-    if scale != 'full' and not any(t.get_gid() == 'scale' for t in fig.texts):
-        fig.suptitle(f' {scale}' + f': {reduced}' * bool(reduced), ha='left', size='small', color='gray', gid='scale').set_x(0)   # at x=0 from the start it gets no room of its own
+    _tell_scale(fig, scale, reduced)
     freeze_layout(fig)
     content = {form: render(fig, form, description) for form in ANONYMOUS}
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f'{suffixed(name, scale)}.{form}' for form in content]
-    for path, data in zip(paths, content.values()): path.write_bytes(data)
+    for path, data in zip(paths, content.values()):
+        with write_whole(path) as draft: draft.write_bytes(data)
     return paths
 
+# %% ../nbs/library/99_plots.ipynb #3c21a0c2
+def figure_record(path,      # a PNG or SVG that `save_figure` wrote
+                 ) -> dict:  # 'figure', 'scale' and 'parameters'; raises ValueError if the file holds none
+    "What a figure's file says about how it was made."
+    if Path(path).suffix == '.png':
+        with Image.open(path) as image: description = image.info.get('Description')
+    else: description = ElementTree.parse(path).findtext('.//{http://purl.org/dc/elements/1.1/}description')
+    if not description:
+        raise ValueError(f"{path} does not say how it was made: `save_figure` did not write it.")
+    return json.loads(description)
+
 # %% ../nbs/library/99_plots.ipynb #11c96bae
-def show(fig,           # a figure; it is closed
-         dpi: int = 85, # dots per inch
+def show(fig,            # a figure; it is closed
+         dpi: int = 85,  # dots per inch
         ):
     "Show a figure in a notebook in a hundred kilobytes or less."
     from IPython.display import Image as Shown, display
@@ -117,177 +152,209 @@ def show(fig,           # a figure; it is closed
         plt.close(fig)
         display(Shown(shrunk(file, '')))
 
-# %% ../nbs/library/99_plots.ipynb #3c21a0c2
-def figure_record(path,     # a PNG or SVG that `save_figure` wrote
-                 ) -> dict: # 'figure', 'scale' and 'parameters'; raises ValueError if the file holds none
-    "What a figure's file says about how it was made."
-    if Path(path).suffix == '.png':
-        with Image.open(path) as image: description = image.info.get('Description')
-    else: description = ElementTree.parse(path).findtext('.//{http://purl.org/dc/elements/1.1/}description')
-    if not description: raise ValueError(f"{path} does not say how it was made: `save_figure` did not write it.")
-    return json.loads(description)
+def keep(fig,             # a figure; it is closed
+         name: str,       # as in `save_figure`
+         common: dict,    # what made all figures of the notebook
+         scale: str,      # one of SCALES
+         reduced='',      # as in `save_figure`
+         folder=None,     # as in `save_figure`
+         **parameters,    # what made this one
+        ):
+    "Save a figure with what made it, and show it: what every study does with its figures."
+    save_figure(fig, name, common | parameters, folder, scale, reduced)
+    show(fig)
 
 # %% ../nbs/library/99_plots.ipynb #2875bad9
-def scatter(ax,                # where to draw
-            x: torch.Tensor,   # points, shape (n, 2)
-            color=COLORS['data'], # of the points
-            limit: float = 3., # half the side of the square shown
-            title: str = None, # above it
-            size: float = 1.5, # of a point: its area in square points
-            opacity: float = 0.5, # of a point
-           ):                  # the axes
+def scatter(ax,                    # where to draw
+            x: torch.Tensor,       # points, shape (n, 2)
+            color=COLORS['data'],  # of the points
+            limit: float = 3.,     # half the side of the square shown
+            title: str = None,     # above it
+            size: float = 1.5,     # of a point: its area in square points
+            opacity: float = 0.5,  # of a point
+           ):                      # the axes
     "A square scatter plot of 2D points."
+    side, ticks = (-limit, limit), [-2, 0, 2]
     ax.scatter(*x.cpu().T, s=size, lw=0, alpha=opacity, color=color, rasterized=True)
-    ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect='equal', xticks=[-2, 0, 2], yticks=[-2, 0, 2], title=title)
+    ax.set(xlim=side, ylim=side, aspect='equal', xticks=ticks, yticks=ticks, title=title)
     return ax
 
-def band(ax,           # where to draw
-         x,            # shape (k,)
-         values,       # shape (seeds, k)
-         **style,      # of the line
-        ):             # the line
+def band(ax,       # where to draw
+         x,        # shape (k,)
+         values,   # shape (seeds, k)
+         **style,  # of the line
+        ):         # the line
     "A curve: the mean over seeds as a line, their range as a band."
     line, = ax.plot(x, np.mean(values, 0), **style)
     ax.fill_between(x, np.min(values, 0), np.max(values, 0), color=line.get_color(), alpha=0.25, lw=0)
     return line
 
-def forward_row(axes,              # one for each time
-                dataset,           # the data set
-                schedule,          # an instance
-                times,             # t in [0, 1], one for each of the axes
-                n: int = 2000,     # points
-                seed: int = 0,     # of data and noise
-                color=COLORS['data'], # of the points
-               ) -> list:          # the noise levels, one for each time
+def forward_row(axes,                  # one for each time
+                dataset,               # the data set
+                schedule,              # an instance
+                times,                 # t in [0, 1], one for each of the axes
+                n: int = 2000,         # points
+                seed: int = 0,         # of data and noise
+                color=COLORS['data'],  # of the points
+               ) -> list:              # the noise levels, one for each time
     "Draw z = αx + σε at several times, each scaled to unit variance."
     x = dataset.sample(n, seed)
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
     levels = [schedule.level(torch.tensor(t)) for t in times]
-    for ax, (_, alpha, sigma) in zip(axes, levels): scatter(ax, (alpha * x + sigma * eps) / (alpha**2 + sigma**2)**0.5, color)
+    for ax, (_, alpha, sigma) in zip(axes, levels):
+        scatter(ax, (alpha * x + sigma * eps) / (alpha**2 + sigma**2)**0.5, color)
     return levels
 
-def plot_forward(dataset,           # the data set
-                 schedule,          # an instance
-                 times=(0., 0.25, 0.5, 0.75, 1.), # shown from left to right
-                 n: int = 2000,     # points
-                 seed: int = 0,     # of data and noise
-                ):                  # the figure
+def plot_forward(dataset,        # the data set
+                 schedule,       # an instance
+                 times=(0., 0.25, 0.5, 0.75, 1.),  # shown from left to right
+                 n: int = 2000,  # points
+                 seed: int = 0,  # of data and noise
+                ):               # the figure
     "The data as noise takes over, z = αx + σε, each scaled to unit variance."
     fig, axes = plt.subplots(1, len(times), figsize=(1.9 * len(times), 2.3), sharex=True, sharey=True)
-    for ax, t, level in zip(axes, times, forward_row(axes, dataset, schedule, times, n, seed)):
+    levels = forward_row(axes, dataset, schedule, times, n, seed)
+    for ax, t, level in zip(axes, times, levels):
         ax.set(title=f't = {t:g},  λ = {level.logsnr:.1f}', xlabel='$z_1$')
     axes[0].set_ylabel('$z_2$')
     return fig
 
 # %% ../nbs/library/99_plots.ipynb #5627f9ff
-def score_field(ax,              # where to draw
-                dataset,         # the data set
-                alpha,           # the noise level's signal scale, a number or a tensor of one
-                sigma,           # its noise scale
-                z: torch.Tensor, # where the arrows start: a square grid, shape (n², 2)
-                score,           # the arrows, z's shape
-                pixels: int = 161, # along each side of the density's image
-                limit: float = 2.6, # half the side
-               ):                # the axes
+def _density(dataset, alpha, sigma, axis):
+    "The density of the noisy data on a square grid, over its largest value."
+    q = dataset.log_prob_at(torch.cartesian_prod(axis, axis), alpha, sigma).exp()
+    return (q / q.max()).reshape(len(axis), len(axis))
+
+def score_field(ax,                  # where to draw
+                dataset,             # the data set
+                alpha,               # the noise level's signal scale, a number or a tensor of one
+                sigma,               # its noise scale
+                z: torch.Tensor,     # where the arrows start: a square grid, shape (n², 2)
+                score,               # the arrows, z's shape
+                pixels: int = 161,   # along each side of the density's image
+                limit: float = 2.6,  # half the side
+               ):                    # the axes
     "Scores as arrows over the exact density of the noisy data."
-    axis, z, arrows = torch.linspace(-limit, limit, pixels, dtype=torch.float64), torch.as_tensor(z), torch.as_tensor(score)
-    q = dataset.log_prob_at(torch.cartesian_prod(axis, axis), alpha, sigma).exp().reshape(pixels, pixels)
-    ax.contourf(axis, axis, (q / q.max()).sqrt().T, levels=np.linspace(0.1, 1, 6), cmap='Greys', vmin=-0.1, vmax=1.8).set_rasterized(True)
+    axis = torch.linspace(-limit, limit, pixels, dtype=torch.float64)
+    shades = _density(dataset, alpha, sigma, axis).sqrt().T
+    levels = np.linspace(0.1, 1, 6)
+    ax.contourf(axis, axis, shades, levels=levels, cmap='Greys', vmin=-0.1, vmax=1.8).set_rasterized(True)
+    z, arrows = torch.as_tensor(z), torch.as_tensor(score)
     arrows = arrows / arrows.norm(dim=1, keepdim=True).sqrt()
-    ax.quiver(*z.T, *(arrows / arrows.norm(dim=1).max()).T, color=COLORS['score'], angles='xy', scale_units='xy', scale=len(z)**0.5 / (3.4 * limit), width=0.008,
-              clip_on=False).set_in_layout(False)
-    ax.set(aspect='equal', xticks=[-2, 0, 2], yticks=[-2, 0, 2], xlim=(-limit, limit), ylim=(-limit, limit))
+    arrows = arrows / arrows.norm(dim=1).max()
+    drawn = ax.quiver(*z.T, *arrows.T, color=COLORS['score'], width=0.008, angles='xy', clip_on=False,
+                      scale_units='xy', scale=len(z)**0.5 / (3.4 * limit))
+    drawn.set_in_layout(False)
+    side, ticks = (-limit, limit), [-2, 0, 2]
+    ax.set(aspect='equal', xticks=ticks, yticks=ticks, xlim=side, ylim=side)
     return ax
 
 # %% ../nbs/library/99_plots.ipynb #d6594e84
+def _plot_excess(ax, epochs, run, color):
+    floor = run.summary['floor']
+    ax.semilogy(epochs, [100 * m['excess'] / floor for m in run.metrics], color=color)
+    ax.set(xlabel='epoch', ylabel='excess over the floor, %')
+
 def plot_loss(run,  # a finished run
              ):     # the figure
     "Test loss over epochs with its floor, and the excess over the floor on a log scale."
-    epochs, color = [m['epoch'] for m in run.metrics], COLORS[run.parameters.target]
-    exact = 'floor' in run.summary
-    fig, axes = plt.subplots(1, 1 + exact, figsize=(4 * (1 + exact), 2.8), squeeze=False)
-    left, right = axes[0, 0], axes[0, -1]
-    left.plot(epochs, [m['loss'] for m in run.metrics], color=color, label='test loss')
-    left.plot(epochs[1:], [m['train_loss'] for m in run.metrics[1:]], color=color, lw=0.8, alpha=0.4, label='training loss')
-    left.set(xlabel='epoch', ylabel=f'{run.parameters.weighting} loss, {LABELS[run.parameters.target]}')
-    if exact:
-        left.axhline(run.summary['floor'], color=COLORS['floor'], ls='--', lw=1, label='floor')
-        f = run.summary['floor']
-        right.semilogy(epochs, [100 * m['excess'] / f for m in run.metrics], color=color)
-        right.set(xlabel='epoch', ylabel='excess over the floor, %')
-    top = max(m['loss'] for m in run.metrics[1:])
-    low = min([m['loss'] for m in run.metrics] + [run.summary.get('floor', math.inf)])
-    left.set_ylim(low - 0.1 * (top - low), top + 0.5 * (top - low)); left.legend()
+    p, floor = run.parameters, run.summary.get('floor')
+    columns = 1 if floor is None else 2
+    fig, axes = plt.subplots(1, columns, figsize=(4 * columns, 2.8), squeeze=False)
+    left, color = axes[0, 0], COLORS[p.target]
+    epochs, losses = [m['epoch'] for m in run.metrics], [m['loss'] for m in run.metrics]
+    train = [m['train_loss'] for m in run.metrics[1:]]
+    left.plot(epochs, losses, color=color, label='test loss')
+    left.plot(epochs[1:], train, color=color, lw=0.8, alpha=0.4, label='training loss')
+    left.set(xlabel='epoch', ylabel=f'{p.weighting} loss, {LABELS[p.target]}')
+    if floor is not None:
+        left.axhline(floor, color=COLORS['floor'], ls='--', lw=1, label='floor')
+        _plot_excess(axes[0, 1], epochs, run, color)
+    low, top = min([*losses, math.inf if floor is None else floor]), max(losses[1:])
+    left.set_ylim(low - 0.1 * (top - low), top + 0.5 * (top - low))
+    left.legend()
     return fig
 
-def plot_loss_per_logsnr(run,  # a finished run
-                         epochs=(1, 5), # shown beside the last
-                        ):     # the figure
+# %% ../nbs/library/99_plots.ipynb #5a306049
+def _plot_floor(ax, run):
+    "The lowest loss per unit of λ that any network can have."
+    s = run.loss.schedule
+    k = torch.linspace(s.logsnr_min + 1e-6, s.logsnr_max - 1e-6, 400, dtype=torch.float64)
+    floor = floor_per_logsnr(run.loss, run.dataset, k)
+    ax.plot(k, floor, color=COLORS['floor'], ls='--', lw=1, label='floor')
+
+def plot_loss_per_logsnr(run,            # a finished run
+                         epochs=(1, 5),  # shown beside the last
+                        ):               # the figure
     "The test loss per unit of λ at several epochs over its floor, and the excess."
-    exact, s = 'excess_per_logsnr' in run.metrics[0], run.loss.schedule
-    fig, axes = plt.subplots(1, 1 + exact, figsize=(4 * (1 + exact), 2.8), squeeze=False)
-    shown = sorted({e for e in epochs if e < len(run.metrics)} | {len(run.metrics) - 1})
-    edges = np.linspace(s.logsnr_min, s.logsnr_max, len(run.metrics[0]['loss_per_logsnr']) + 1)
+    s, metrics, last = run.loss.schedule, run.metrics, len(run.metrics) - 1
+    columns = 1 + ('excess_per_logsnr' in metrics[0])
+    fig, axes = plt.subplots(1, columns, figsize=(4 * columns, 2.8), squeeze=False)
+    shown = sorted({e for e in epochs if e <= last} | {last})
+    edges = np.linspace(s.logsnr_min, s.logsnr_max, len(metrics[0]['loss_per_logsnr']) + 1)
     for ax, what in zip(axes[0], ('loss', 'excess')):
-        for i, e in enumerate(shown):
-            ax.stairs(run.metrics[e][f'{what}_per_logsnr'], edges, color=COLORS[run.parameters.target], lw=1.5,
-                      alpha=(i + 1) / len(shown), label=f'epoch {e}')
+        for i, e in enumerate(shown, 1):
+            ax.stairs(metrics[e][f'{what}_per_logsnr'], edges, color=COLORS[run.parameters.target],
+                      lw=1.5, alpha=i / len(shown), label=f'epoch {e}')
         ax.set(xlabel='log-SNR $\\lambda$', ylabel=f'{what} per unit of $\\lambda$')
-    if 'floor' in run.summary:
-        k = torch.linspace(s.logsnr_min + 1e-6, s.logsnr_max - 1e-6, 400, dtype=torch.float64)
-        axes[0, 0].plot(k, floor_per_logsnr(run.loss, run.dataset, k), color=COLORS['floor'], ls='--', lw=1, label='floor')
+    if 'floor' in run.summary: _plot_floor(axes[0, 0], run)
     axes[0, 0].legend()
     return fig
 
 # %% ../nbs/library/99_plots.ipynb #cadc4b7a
-def plot_samples(run,           # a finished run
-                 n: int = 2000, # points of each
-                ):              # the figure
+def plot_samples(run,            # a finished run
+                 n: int = 2000,  # points of each
+                ):               # the figure
     "Data, samples, and both on top of each other."
+    p = run.parameters
+    real, fake = run.dataset.sample(n, seed=1, split='test'), run.samples[:n]
     fig, axes = plt.subplots(1, 3, figsize=(8, 2.8), sharex=True, sharey=True)
-    real, fake, color = run.dataset.sample(n, seed=1, split='test'), run.samples[:n], COLORS[run.parameters.target]
     scatter(axes[0], real, title='data')
-    scatter(axes[1], fake, color, title=f'{run.parameters.sampler}, {run.parameters.sample_steps} steps')
-    scatter(scatter(axes[2], real), fake, color, title='both')
+    scatter(axes[1], fake, COLORS[p.target], title=f'{p.sampler}, {p.sample_steps} steps')
+    scatter(axes[2], real)
+    scatter(axes[2], fake, COLORS[p.target], title='both')
     for ax in axes: ax.set_xlabel('$x_1$')
     axes[0].set_ylabel('$x_2$')
     return fig
 
 # %% ../nbs/library/99_plots.ipynb #94b4946b
-def show_images(ax,                   # where to draw
-                images: torch.Tensor, # bytes, shape (n, C, H, W)
-                columns: int = 10,    # images in a row
-                levels: int = 256,    # of a pixel
-                title: str = None,    # above them
-               ):                     # the axes
+def show_images(ax,                    # where to draw
+                images: torch.Tensor,  # bytes, shape (n, C, H, W)
+                columns: int = 10,     # images in a row
+                levels: int = 256,     # of a pixel
+                title: str = None,     # above them
+               ):                      # the axes
     "Images side by side."
-    ax.imshow(image_grid(images, columns, levels), cmap='gray', vmin=0, vmax=255, interpolation='nearest')
+    grid = image_grid(images, columns, levels)
+    ax.imshow(grid, cmap='gray', vmin=0, vmax=255, interpolation='nearest')
     ax.set_axis_off()
     ax.set_title(title)
     return ax
 
-def plot_noisy_images(images,    # an ImageSet
-                      schedule,  # an instance
-                      times=(0., 0.2, 0.4, 0.6, 0.8, 1.), # shown from left to right
-                      n: int = 4, # images
-                      seed: int = 0, # of the noise
-                     ):          # the figure
+def plot_noisy_images(images,         # an ImageSet
+                      schedule,       # an instance
+                      times=(0., 0.2, 0.4, 0.6, 0.8, 1.),  # shown from left to right
+                      n: int = 4,     # images
+                      seed: int = 0,  # of the noise
+                     ):               # the figure
     "Images as noise takes over, z = αx + σε."
     x = scaled(images.test()[:n], images.levels)
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
     fig, axes = plt.subplots(1, len(times), figsize=(1.25 * len(times), 1.2 * n))
-    for ax, level in zip(axes, (schedule.level(torch.tensor(t)) for t in times)):
+    for ax, t in zip(axes, times):
+        level = schedule.level(torch.tensor(t))
         z = (level.alpha * x + level.sigma * eps) / level.scale
         show_images(ax, quantize(z, 256), 1, title=f'λ = {level.logsnr:.1f}')
     return fig
 
-def plot_image_samples(run,           # a finished run on images
-                       n: int = 100,  # images of each
-                       columns: int = 10, # images in a row
-                      ):              # the figure
+def plot_image_samples(run,                # a finished run on images
+                       n: int = 100,       # images of each
+                       columns: int = 10,  # images in a row
+                      ):                   # the figure
     "Data and samples."
     p = run.parameters
+    title = f'{p.target}, {p.weighting}: {p.sampler}, {p.sample_steps} steps'
     fig, axes = plt.subplots(1, 2, figsize=(8, 4.2))
     show_images(axes[0], p.data.train()[:n], columns, p.levels, 'data')
-    show_images(axes[1], run.samples[:n], columns, p.levels, f'{p.target}, {p.weighting}: {p.sampler}, {p.sample_steps} steps')
+    show_images(axes[1], run.samples[:n], columns, p.levels, title)
     return fig

@@ -1,10 +1,11 @@
 """Notebooks run beside the tests, on a core that most tests leave idle.
 
-One process imports what notebooks import, and each notebook runs in a fork of it: alone, from top to bottom, without
-the seconds that a new Python needs for torch. conftest.py begins it before the first test, with the JOBS of the
-modules whose tests want the outcomes, and puts these tests last.
+One process imports what notebooks import, and each notebook runs in a fork of it: alone, from top to
+bottom, without the seconds that a new Python needs for torch. conftest.py begins it before the first test,
+with the jobs of the modules whose tests want the outcomes, and puts these tests last.
 """
 import atexit
+import importlib
 import json
 import os
 import signal
@@ -17,12 +18,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+IMPORTED = ("IPython.display", "execnb.shell", "fastcore.test", "matplotlib.pyplot", "nbdev.test", "sympy",
+            "papermill.parameterize", "papermill.iorw", "torch._dynamo", "lfdm.plots", "lfdm.runs",
+            "lfdm.studies")
 WORKERS = max(1, min(CORES - 1, 4))   # one core is for the tests
 
 
-def job(name, notebook, parameters={}, command=False, late=False, cwd=ROOT, **env):
-    "A notebook to run: as nbdev_test does, or with parameters; by papermill's command; after all that are not late."
-    return dict(name=name, notebook=str(notebook), parameters=parameters, command=command, late=late, cwd=str(cwd), env={k: str(v) for k, v in env.items()})
+def job(name, notebook, parameters=None, command=False, late=False, cwd=ROOT, **env):
+    "A notebook to run: as nbdev_test does, or with parameters; by papermill's command; after those not late."
+    return dict(name=name, notebook=str(notebook), parameters=parameters or {}, command=command, late=late,
+                cwd=str(cwd), env={k: str(v) for k, v in env.items()})
 
 
 # ---- in the tests
@@ -33,15 +38,17 @@ class Beside:
     def __init__(self, jobs):
         self.folder = tempfile.TemporaryDirectory()
         (Path(self.folder.name) / "jobs.json").write_text(json.dumps(jobs))
-        env = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "LFDM_RUNS": str(Path(self.folder.name) / "runs")}   # cores are shared
+        runs = str(Path(self.folder.name) / "runs")
+        shared = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "LFDM_RUNS": runs}   # as are the cores
         with (Path(self.folder.name) / "log").open("w") as log:
-            self.process = subprocess.Popen([sys.executable, __file__, self.folder.name], cwd=ROOT, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                            start_new_session=True)
+            self.process = subprocess.Popen(
+                [sys.executable, __file__, self.folder.name], cwd=ROOT, env=os.environ | shared,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
     def outcomes(self):
         "For each job's name its exit status, what it said, and its CPU seconds. Waits for the last."
-        code = self.process.wait()
-        assert code == 0, "the notebooks did not come to their end: " + (Path(self.folder.name) / "log").read_text()[-3000:]
+        code, log = self.process.wait(), Path(self.folder.name) / "log"
+        assert code == 0, f"the notebooks did not come to their end: {log.read_text()[-3000:]}"
         return json.loads((Path(self.folder.name) / "outcomes.json").read_text())
 
     def close(self):
@@ -61,7 +68,8 @@ def execute(job, folder):
     notebook, copy = Path(job["notebook"]), folder / f"{Path(job['name']).stem}.ipynb"
     if job["command"]:
         given = [w for k, v in job["parameters"].items() for w in ("-p", k, str(v))]
-        return subprocess.run([sys.executable, "-m", "papermill", notebook, copy, "--no-progress-bar", *given], stdin=subprocess.DEVNULL).returncode
+        command = [sys.executable, "-m", "papermill", notebook, copy, "--no-progress-bar", *given]
+        return subprocess.run(command, stdin=subprocess.DEVNULL).returncode
     if not job["parameters"]:
         from nbdev.test import test_nb
         return not test_nb(notebook, skip_flags=["notest"], basepath=ROOT)[0]
@@ -81,7 +89,10 @@ def execute(job, folder):
 
 
 def start(job, folder, log):
-    "Run one notebook in a fork of this process; its id. To take down all that was imported would cost the fork two seconds: it leaves after its exit functions."
+    """Run one notebook in a fork of this process; its id.
+
+    To take down all that was imported would cost the fork two seconds: it leaves after its exit functions.
+    """
     sys.stdout.flush(), sys.stderr.flush()
     pid = os.fork()
     if pid: return pid
@@ -98,7 +109,7 @@ def start(job, folder, log):
 
 
 def ended(tests):
-    "Wait for a fork to end: its id, status and use. Should the tests be killed meanwhile, nothing of this lives on."
+    "Wait for a fork to end: its id, status and use. If the tests are killed meanwhile, all of this ends."
     while not (found := os.wait4(-1, os.WNOHANG))[0]:
         if os.getppid() != tests: os.killpg(0, signal.SIGKILL)
         time.sleep(0.05)
@@ -106,8 +117,7 @@ def ended(tests):
 
 
 def main(folder, tests):
-    import IPython.display, execnb.shell, fastcore.test, matplotlib.pyplot, nbdev.test, papermill.parameterize, papermill.iorw, sympy, torch._dynamo   # noqa: E401, F401
-    import lfdm.plots, lfdm.runs, lfdm.studies   # noqa: E401, F401
+    for name in IMPORTED: importlib.import_module(name)
     jobs, outcomes = json.loads((folder / "jobs.json").read_text()), {}
     (folder / "runs").mkdir()
     for late in (False, True):
@@ -119,7 +129,9 @@ def main(folder, tests):
                 running[start(following, folder, log)] = following["name"], log
             pid, status, used = ended(tests)
             name, log = running.pop(pid)
-            outcomes[name] = dict(status=os.waitstatus_to_exitcode(status), said=log.read_text(errors="replace"), seconds=used.ru_utime + used.ru_stime)
+            outcomes[name] = dict(status=os.waitstatus_to_exitcode(status),
+                                  said=log.read_text(errors="replace"),
+                                  seconds=used.ru_utime + used.ru_stime)
     (folder / "outcomes.json").write_text(json.dumps(outcomes))
 
 

@@ -2,7 +2,8 @@
 import os
 import shutil
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")   # before torch is imported: threads that compete for a core slow all of them down
+# before torch is imported: threads that compete for a core slow all of them down
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
 
@@ -29,7 +30,8 @@ def pytest_unconfigure(config):
 def pytest_terminal_summary(terminalreporter, config):
     if not getattr(config, "seconds", None): return
     terminalreporter.section("CPU seconds of the notebooks")
-    for name, seconds in sorted(config.seconds.items(), key=lambda item: -item[1]): terminalreporter.write_line(f"{seconds:7.1f} {name}")
+    for name, seconds in sorted(config.seconds.items(), key=lambda item: -item[1]):
+        terminalreporter.write_line(f"{seconds:7.1f} {name}")
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,11 @@
     python tests/mutations.py one 7   # break that one
     python tests/mutations.py run     # break each in a copy of the repository and run the tests of its module
 
-A mutation is known by the text of what it changes, as Python's own parser writes it, so that it is found again when
-lines are broken otherwise or code has moved. What is worded otherwise today is said in its field `now`.
+A mutation is known by the text of what it changes, as Python's own parser writes it, so that it is found
+again when lines are broken otherwise or code has moved. Its field `now` says how it is worded today.
 """
 import ast
+import itertools
 import json
 import random
 import subprocess
@@ -23,10 +24,11 @@ OTHER = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mul
 
 def modules(root):
     "The modules of the library, by their name."
-    return {".".join(path.relative_to(root / "lfdm").with_suffix("").parts): path for path in sorted((root / "lfdm").rglob("[!_]*.py"))}
+    paths = sorted((root / "lfdm").rglob("[!_]*.py"))
+    return {".".join(path.relative_to(root / "lfdm").with_suffix("").parts): path for path in paths}
 
 
-def inside_message(node, parents):
+def in_message(node, parents):
     "Is it part of what an error says, or of a name for people?"
     while node in parents:
         node = parents[node]
@@ -34,68 +36,86 @@ def inside_message(node, parents):
     return False
 
 
+def of_numbers(node):
+    "Arithmetic without words or lists in it?"
+    constants = [n.value for n in ast.walk(node) if isinstance(n, ast.Constant)]
+    return (all(isinstance(v, (int, float)) for v in constants)
+            and not any(isinstance(n, (ast.List, ast.JoinedStr)) for n in ast.walk(node)))
+
+
 def candidates(path):
-    "(kind, place) of all that could be broken in a module: arithmetic, and the conditions under which it raises."
+    "(kind, node) of all that could be broken in a module: arithmetic, and the conditions of its raises."
     tree = ast.parse(path.read_text())
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.BinOp) and type(node.op) in OTHER and not inside_message(node, parents):
-            if not any(isinstance(n, (ast.Constant, ast.List, ast.JoinedStr)) and not isinstance(getattr(n, "value", None), (int, float)) for n in ast.walk(node)): yield "formula", node
+        arithmetic = isinstance(node, ast.BinOp) and type(node.op) in OTHER
+        if arithmetic and of_numbers(node) and not in_message(node, parents): yield "formula", node
         if isinstance(node, ast.If) and isinstance(node.body[-1], ast.Raise): yield "guard", node.test
+
+
+def place_of(tree, text, kind):
+    "The first node of that text, and what it becomes; None if there is none."
+    for node in ast.walk(tree):
+        if kind == "formula" and isinstance(node, ast.BinOp) and ast.unparse(node) == text:
+            return node, ast.BinOp(node.left, OTHER[type(node.op)](), node.right)
+        if kind == "guard" and isinstance(node, ast.If) and ast.unparse(node.test) == text:
+            return node.test, ast.Constant(False)
 
 
 def broken(source, text, kind):
     "The source with the first place of that text broken; None if there is none."
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if kind == "formula" and isinstance(node, ast.BinOp) and ast.unparse(node) == text: new = ast.BinOp(node.left, OTHER[type(node.op)](), node.right)
-        elif kind == "guard" and isinstance(node, ast.If) and ast.unparse(node.test) == text: node, new = node.test, ast.Constant(False)
-        else: continue
-        lines = source.encode().splitlines(keepends=True)
-        start, end = sum(map(len, lines[:node.lineno - 1])) + node.col_offset, sum(map(len, lines[:node.end_lineno - 1])) + node.end_col_offset
-        return (source.encode()[:start] + f"({ast.unparse(new)})".encode() + source.encode()[end:]).decode()
+    found = place_of(ast.parse(source), text, kind)
+    if found is None: return None
+    node, new = found
+    code = source.encode()
+    starts = [0, *itertools.accumulate(map(len, code.splitlines(keepends=True)))]
+    start, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
+    return (code[:start] + f"({ast.unparse(new)})".encode() + code[end:]).decode()
 
 
 def draw():
-    "Record twenty formulas and twenty guards."
-    found = {"formula": [], "guard": []}
+    "Record twenty formulas and twenty guards. (Done once, before the tests were shortened.)"
+    found = {"formula": {}, "guard": {}}
     for name, path in modules(ROOT).items():
         if name == "plots": continue
-        for kind, node in candidates(path): found[kind].append(dict(kind=kind, module=name, text=ast.unparse(node)))
+        for kind, node in candidates(path): found[kind][name, ast.unparse(node)] = None
     rng = random.Random(SEED)
-    chosen = [m for kind in found for m in rng.sample([dict(t) for t in {tuple(m.items()): None for m in found[kind]}], MANY)]
+    chosen = [dict(kind=kind, module=module, text=text)
+              for kind in found for module, text in rng.sample(list(found[kind]), MANY)]
     FILE.write_text(json.dumps(chosen, indent=1, ensure_ascii=False) + "\n")
 
 
-def run(tests_of, only=None):
+def caught(copy, module, text, kind):
+    "Do the tests of a module fail when it is broken? None if the text is not there."
+    path = modules(copy)[module]
+    whole = path.read_text()
+    new = broken(whole, text, kind)
+    if new is None: return None
+    path.write_text(new)
+    tests = [f"tests/test_{name}.py" for name in MORE.get(module, [module.replace("images.", "image_")])]
+    command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *tests]
+    try: return subprocess.run(command, cwd=copy, capture_output=True).returncode == 1
+    finally: path.write_text(whole)
+
+
+def run(only=None):
     "Break each, or one, and run the tests of its module; prints which were caught."
     with tempfile.TemporaryDirectory() as root:
-        copy, caught = copy_tree(Path(root)), 0
-        chosen = json.loads(FILE.read_text())
+        copy, chosen, count = copy_tree(Path(root)), json.loads(FILE.read_text()), 0
         for i, m in enumerate(chosen):
             if only not in (None, i): continue
             place = m.get("now", m)
-            path = modules(copy)[place["module"]]
-            whole = path.read_text()
-            new = broken(whole, place["text"], m["kind"])
-            if new is None: print(f"{i:3} NOT FOUND {place}", flush=True); continue
-            path.write_text(new)
-            done = subprocess.run([sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *tests_of(place["module"])], cwd=copy, capture_output=True, text=True)
-            path.write_text(whole)
-            caught += done.returncode == 1
-            print(f"{i:3} {'caught' if done.returncode == 1 else f'NOT CAUGHT ({done.returncode})'} {m['kind']} {place['module']}: {place['text'][:90]}", flush=True)
-        if only is None: print(f"{caught} of {len(chosen)} caught")
+            found = caught(copy, place["module"], place["text"], m["kind"])
+            count += bool(found)
+            word = {True: "caught", False: "NOT CAUGHT", None: "NOT FOUND"}[found]
+            print(f"{i:3} {word} {m['kind']} {place['module']}: {place['text'][:70]}", flush=True)
+        if only is None: print(f"{count} of {len(chosen)} caught")
 
 
-def tests_of(module):
-    "The tests of a module."
-    return [f"tests/test_{name}.py" for name in MORE.get(module, [module.split(".")[-1]])]
-
-
-MORE = dict(adaptive=["schedules", "training"], discrete=["schedules"], networks=["training", "stack"], studies=["studies_record"], runs=["runs", "stack"])
-MORE["images.data"] = MORE["images.templates"] = ["images"]
+MORE = {   # module -> its tests, where they are not named after it
+}
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "draw": draw()
-    else: run(tests_of, int(sys.argv[2]) if sys.argv[1] == "one" else None)
+    else: run(int(sys.argv[2]) if sys.argv[1] == "one" else None)

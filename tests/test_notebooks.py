@@ -10,7 +10,8 @@ from tree import ROOT, cells, name, notebooks
 
 # 100 epochs and 512 steps are of no use here: what they lead to is a study's business
 SHORT = {ROOT / "nbs/train.ipynb": dict(epochs=3, sample_steps=64),
-         ROOT / "nbs/train_images.ipynb": dict(network="small(width=4)", epochs=2, batch_size=500, n_samples=20, sample_steps=4, judged=20)}
+         ROOT / "nbs/train_images.ipynb": dict(network="small(width=4)", epochs=2, batch_size=500,
+                                               n_samples=20, sample_steps=4, judged=20)}
 
 
 def shown(path):
@@ -23,16 +24,20 @@ RUN = [path for path in notebooks() if not shown(path)]
 
 def broken():
     "A notebook that fails in its second cell."
-    code = lambda source: dict(cell_type="code", id=source[0], metadata={}, execution_count=None, outputs=[], source=source)
+    code = lambda source: dict(cell_type="code", id=source[0], metadata={}, execution_count=None, outputs=[],
+                               source=source)
     path = Path(tempfile.mkdtemp()) / "broken.ipynb"
     kernel = dict(name="python3", display_name="python3", language="python")
-    path.write_text(json.dumps(dict(cells=[code("a = 0"), code("b = 1 / a"), code("raise KeyError('never')")], metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)))
+    sources = "a = 0", "b = 1 / a", "raise KeyError('never')"
+    path.write_text(json.dumps(dict(cells=list(map(code, sources)), metadata=dict(kernelspec=kernel),
+                                    nbformat=4, nbformat_minor=5)))
     return path
 
 
 def jobs():
     path = broken()
-    return [job(name(path), path, SHORT.get(path, {}), cwd=path.parent) for path in RUN] + [job("broken", path), job("broken with parameters", path, dict(scale="smoke"))]
+    whole = [job(name(path), path, SHORT.get(path), cwd=path.parent) for path in RUN]
+    return whole + [job("broken", path), job("broken with parameters", path, dict(scale="smoke"))]
 
 
 @pytest.mark.parametrize("notebook", RUN, ids=name)
@@ -43,7 +48,8 @@ def test_notebook_runs(notebook, outcomes):
 
 @pytest.mark.parametrize("how", ["broken", "broken with parameters"])
 def test_a_notebook_that_fails_is_told(how, outcomes):
-    assert outcomes[how]["status"] == 1 and "ZeroDivisionError" in outcomes[how]["said"] and "never" not in outcomes[how]["said"]
+    status, said = outcomes[how]["status"], outcomes[how]["said"]
+    assert status == 1 and "ZeroDivisionError" in said and "never" not in said
 
 
 def test_every_notebook_is_run_here_or_as_a_study():

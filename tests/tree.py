@@ -9,8 +9,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def files():
     "Every file that is, or is about to be, in the repository."
-    out = subprocess.check_output(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, text=True)
-    return sorted({ROOT / name for name in out.split("\0") if name and (ROOT / name).is_symlink() or (ROOT / name).is_file()})
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.check_output(command, cwd=ROOT, text=True).split("\0")
+    found = {ROOT / name for name in names if name}
+    return sorted(path for path in found if path.is_symlink() or path.is_file())
 
 
 def notebooks():

@@ -22,7 +22,8 @@ from urllib.parse import urlparse
 SITE = Path(__file__).resolve().parent.parent / "_docs"
 # What a reader sees of math that did not render: a formula still in its delimiters, or KaTeX's red.
 UNRENDERED = """() => {
-    const raw = [...document.querySelectorAll('.math')].filter(m => !m.querySelector('.katex, mjx-container'));
+    const raw = [...document.querySelectorAll('.math')]
+        .filter(m => !m.querySelector('.katex, mjx-container'));
     const red = [...document.querySelectorAll('.katex-error, mjx-merror')];
     const loose = [...document.querySelectorAll('main p, main td, main li, main figcaption')]
         .filter(e => !e.querySelector('.katex') && /\\\\\\(|\\\\\\[|\\$[^$\\s][^$]*\\$/.test(e.innerText));
@@ -36,7 +37,8 @@ def serve(folder):
     "Serve a folder on a free port of this machine; its address."
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args): pass
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    handler = functools.partial(Quiet, directory=str(folder))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return f"http://127.0.0.1:{server.server_port}"
 
@@ -46,7 +48,8 @@ def answer(route, home, katex, troubles):
     url = route.request.url
     if url.startswith((home, "data:", "blob:")): return route.continue_()
     local = katex / "dist" / urlparse(url).path.partition("/dist/")[2] if katex and "katex" in url else None
-    if local and local.is_file(): return route.fulfill(path=local, headers={"Access-Control-Allow-Origin": "*"})
+    if local and local.is_file():
+        return route.fulfill(path=local, headers={"Access-Control-Allow-Origin": "*"})
     troubles.append(f"asks the web for {url}")
     route.abort()
 
@@ -56,7 +59,7 @@ def check(browser, home, page_path, args):
     troubles = []
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.route("**/*", lambda route: answer(route, home, args.katex, troubles))
-    page.on("console", lambda message: message.type == "error" and troubles.append(f"console: {message.text}"))
+    page.on("console", lambda said: said.type == "error" and troubles.append(f"console: {said.text}"))
     page.on("pageerror", lambda error: troubles.append(f"error: {error}"))
     page.on("response", lambda r: r.status >= 400 and troubles.append(f"{r.status}: {r.url}"))
     page.goto(f"{home}/{page_path}", wait_until="networkidle")
@@ -72,12 +75,14 @@ def check(browser, home, page_path, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("--katex", type=Path, help="the unpacked npm package katex")
     parser.add_argument("--chromium", help="the browser's program (without it, the one playwright installed)")
     parser.add_argument("--shots", type=Path, help="a folder for screenshots, light and dark")
     args = parser.parse_args()
-    try: from playwright.sync_api import sync_playwright
+    try:
+        from playwright.sync_api import sync_playwright
     except ModuleNotFoundError: return print("skipped: playwright is not installed here")
     pages = sorted(str(path.relative_to(SITE)) for path in SITE.rglob("*.html"))
     if not pages: sys.exit("there is no site in _docs: run `make docs`")

@@ -56,7 +56,8 @@ def write(text, refs, link):
     def linked(key, label): return f"[{label}]({link(key)})" if link(key) else label
 
     def item(m):
-        if m["key"] not in refs: raise ValueError(f"@{m['key']} is not in {BIB.name}; its keys: {', '.join(refs)}")
+        known = ', '.join(refs)
+        if m["key"] not in refs: raise ValueError(f"@{m['key']} is not in {BIB.name}; its keys: {known}")
         return m["before"] + linked(m["key"], f"{who(refs[m['key']])} {refs[m['key']]['year']}") + m["after"]
 
     def group(m):

@@ -23,6 +23,9 @@ EQUATION = re.compile(r"\$\$(?P<body>[^$]+)\$\$\s*\{#(?P<label>eq-[\w-]+)\}")
 LABEL = re.compile(r"(?:\{#|^#\| label: )((?:eq|fig|tbl)-[\w-]+)", re.M)
 SPARED = "#|eval: false\n"  # as nobody writes it: to be taken away again
 CAPTION = re.compile(r"^#\| (fig|tbl)-cap: (.*)$", re.M)
+# options that smalldocs need not know
+FOR_QUARTO = re.compile("bibliography|execute.enabled|html-math-method|link-citations|output-file")
+CONTINUED = re.compile(r"\n#\|  +(?=\S)")
 WEB_FONTS = re.compile(r"@import url\(https://fonts[^)]*\);")
 REF = re.compile(r"(?<![\w\[])@((?:eq|fig|tbl)-[\w-]+)")
 
@@ -35,12 +38,18 @@ def demonstrates(source):
     return bool(imports) and len(imports) < len(tree.body) or any(node not in tree.body for node in imports)
 
 
-def spare_lessons(path):
-    "To document what a notebook exports, nbdev runs each cell with an import: have it leave out the lessons."
+def prepare(path):
+    """Make a copy of a notebook ready for nbdev.
+
+    A long caption goes on in lines that begin with `#|` and two spaces: nbdev wants it in one. To document what
+    a notebook exports, nbdev runs each cell with an import: have it leave out the lessons.
+    """
     page = json.loads(path.read_text(encoding="utf-8"))
     for cell in page["cells"]:
-        source = "".join(cell["source"])
-        if cell["cell_type"] == "code" and demonstrates(source) and not re.search(r"^#\| export|^show_doc", source, re.M):
+        if cell["cell_type"] != "code": continue
+        source = cell["source"] = CONTINUED.sub(" ", "".join(cell["source"]))
+        wanted = re.search(r"^#\| export|^show_doc", source, re.M)
+        if demonstrates(source) and not wanted:
             cell["source"] = SPARED + source
     path.write_text(json.dumps(page), encoding="utf-8")
 
@@ -50,16 +59,17 @@ def stage():
     shutil.rmtree(STAGE, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
         pages = Path(shutil.copytree(ROOT / "nbs", Path(folder) / "nbs"))  # with what it links to
-        for path in pages.rglob("*.ipynb"): spare_lessons(path)
+        for path in pages.rglob("*.ipynb"): prepare(path)
         # nbdev wants some `quarto` on the PATH, even where only smalldocs will follow
         stand_in = Path(folder) / "quarto"
         stand_in.write_text("#!/bin/sh\n")
         stand_in.chmod(0o755)
         env = os.environ | {"PATH": os.environ["PATH"] + os.pathsep + folder, "PYTHONPATH": str(ROOT)}
-        subprocess.run([sys.executable, "-c", f"from nbdev.quarto import nbdev_proc_nbs; nbdev_proc_nbs(path={str(pages)!r})"],
-                       cwd=ROOT, env=env, check=True)
+        code = f"from nbdev.quarto import nbdev_proc_nbs; nbdev_proc_nbs(path={str(pages)!r})"
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True)
     for path in STAGE.rglob("*.ipynb"):
-        path.write_text(path.read_text(encoding="utf-8").replace(json.dumps(SPARED)[1:-1], ""), encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace(json.dumps(SPARED)[1:-1], ""), encoding="utf-8")
 
 
 def number_labels(text):
@@ -74,9 +84,15 @@ def number_labels(text):
 
 def write_out(text, labels, refs):
     "A Markdown text with its equation numbers, cross-references and citations written out."
-    def equation(m): return f"[]{{#{m['label']}}}\n\n$${m['body'].rstrip()} \\qquad({labels[m['label']][0]})\n$$"
+    known = ", ".join(labels)
+
+    def equation(m):
+        number = labels[m["label"]][0]
+        return f"[]{{#{m['label']}}}\n\n$${m['body'].rstrip()} \\qquad({number})\n$$"
+
     def ref(m):
-        if m[1] not in labels: raise ValueError(f"@{m[1]} refers to nothing on this page; its labels: {', '.join(labels)}")
+        if m[1] not in labels:
+            raise ValueError(f"@{m[1]} refers to nothing on this page; its labels: {known}")
         return f"[{labels[m[1]][1]}](#{m[1]})"
     text = citations.outside_code(lambda part: REF.sub(ref, EQUATION.sub(equation, part)), text)
     return citations.write(text, refs, lambda key: f"#ref-{key}")
@@ -86,14 +102,18 @@ def number_caption(source, labels):
     "A code cell with its figure's number before the caption."
     label = LABEL.search(source)
     if not label: return source
-    return CAPTION.sub(lambda m: f"#| {m[1]}-cap: " + json.dumps(f"{labels[label[1]][1]}: " + m[2].strip("\"'"), ensure_ascii=False), source)
+    def caption(m):
+        text = f"{labels[label[1]][1]}: " + m[2].strip("\"'")
+        return f"#| {m[1]}-cap: " + json.dumps(text, ensure_ascii=False)
+    return CAPTION.sub(caption, source)
 
 
 def for_smalldocs(path, refs):
     "Rewrite one staged notebook in what smalldocs reads."
     page = json.loads(path.read_text(encoding="utf-8"))
     sources = ["".join(c["source"]) for c in page["cells"]]
-    outputs = [o["data"] for c in page["cells"] for o in c.get("outputs", []) if "text/markdown" in o.get("data", {})]
+    outputs = [o["data"] for c in page["cells"] for o in c.get("outputs", [])
+               if "text/markdown" in o.get("data", {})]
     labels = number_labels("\n".join(sources))
     prose = [s for s, c in zip(sources, page["cells"]) if c["cell_type"] == "markdown"]
     prose += ["".join(data["text/markdown"]) for data in outputs]
@@ -124,7 +144,8 @@ def name_pages():
 
 def render():
     "Make the pages, in _proc/_docs."
-    if shutil.which("quarto"): return subprocess.run(["quarto", "render", "--no-cache"], cwd=STAGE, check=True)
+    if shutil.which("quarto"):
+        return subprocess.run(["quarto", "render", "--no-cache"], cwd=STAGE, check=True)
     from smalldocs.site import build
     refs = citations.references()
     name_pages()
@@ -132,14 +153,13 @@ def render():
         try: for_smalldocs(path, refs)
         except ValueError as e: sys.exit(f"{path.name}: {e}")
     for warning in build(STAGE, quiet=True).warnings:
-        # what Quarto reads and smalldocs need not
-        if not re.search("bibliography|execute.enabled|html-math-method|link-citations|output-file", warning): print("warning:", warning)
+        if not FOR_QUARTO.search(warning): print("warning:", warning)
     for theme in (STAGE / "_docs").rglob("themes/*.css"):  # the reader's own fonts will do
         theme.write_text(WEB_FONTS.sub("", theme.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def link_inside():
-    "nbdev links names to the published site: make these links relative, so that any copy of the site is whole."
+    "nbdev links names to the published site: make these links relative, so that any copy is whole."
     address = re.search(r'site-url: "(.+)"', (ROOT / "nbs" / "nbdev.yml").read_text(encoding="utf-8"))[1]
     for page in SITE.rglob("*.html"):
         up = "../" * (len(page.relative_to(SITE).parts) - 1)

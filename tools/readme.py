@@ -41,7 +41,8 @@ def markdown(source, refs):
 def directives(source):
     "The `#|` lines of a code cell as a dict, and the code without them."
     lines = source.splitlines()
-    found = dict(re.match(r"([\w-]+):?\s*(.*)", line[2:].strip()).groups() for line in lines if line.startswith("#|"))
+    given = [line[2:].strip() for line in lines if line.startswith("#|")]
+    found = dict(re.match(r"([\w-]+):?\s*(.*)", line).groups() for line in given)
     return found, "\n".join(line for line in lines if not line.startswith("#|")).strip()
 
 
@@ -51,8 +52,10 @@ def output(out, refs):
     data = out.get("data", {})
     if "text/markdown" in data: return markdown(text(data["text/markdown"]), refs).strip()
     if any(kind.startswith("image/") for kind in data):
-        raise SystemExit("index.ipynb stores an image as an output: save it in figures/ and show that with ![](figures/...)")
-    if "text/html" in data: return re.sub(r"<style.*?</style>\s*", "", text(data["text/html"]), flags=re.S).strip()
+        raise SystemExit("index.ipynb stores an image as an output: "
+                         "save it in figures/ and show that with ![](figures/...)")
+    if "text/html" in data:
+        return re.sub(r"<style.*?</style>\s*", "", text(data["text/html"]), flags=re.S).strip()
     return "```\n" + text(data.get("text/plain", "")).rstrip() + "\n```"
 
 
