@@ -6,6 +6,12 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+from lfdm.checkpoints import read_checkpoint, require_match, training_options
+from lfdm.losses import DiffusionLoss
+from lfdm.networks import MLP
+from lfdm.training import TrainState, train, train_stack
+from lfdm.validation import ValidationSet
 from trained import (
     DATA,
     LOSS,
@@ -20,12 +26,6 @@ from trained import (
     stacked,
     trained,
 )
-
-from lfdm.checkpoints import read_checkpoint, require_match, training_options
-from lfdm.losses import DiffusionLoss
-from lfdm.networks import MLP
-from lfdm.training import TrainState, train, train_stack
-from lfdm.validation import ValidationSet
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ DAMAGE = {
     "two generators": (edit(new={"generators": torch.zeros(2, 5056, dtype=torch.uint8)}), DEVICE),
     "no generator at all": (edit(new={"generators": torch.zeros(0, 5056, dtype=torch.uint8)}), DEVICE),
     "generator of floats": (edit(new={"generators": torch.zeros(1, 5056)}), "cannot be used"),
-    "generator of zeros": (edit(new={"generators": torch.zeros(1, 5056, dtype=torch.uint8)}), "cannot be used"),
+    "generator of zeros": (edit(new={"generators": torch.zeros(1, 5056, dtype=torch.uint8)}), "cannot be"),
     "no moments": (edit(gone="optimizer."), MOMENTS),
     "moments of one weight gone": (edit(gone="optimizer.3."), MOMENTS),
     "one moment gone": (edit(gone="optimizer.3.exp_avg_sq"), MOMENTS),
@@ -116,7 +116,8 @@ def test_a_record_is_plain_and_reading_changes_no_state(checkpoint):
     before = everything(state)
     require_match(record, state)
     assert everything(state) == before
-    assert (record.epoch, record.steps, record.options) == (2, 12, training_options()) and len(record.history) == 2
+    assert (record.epoch, record.steps, len(record.history)) == (2, 12, 2)
+    assert record.options == training_options()
     assert record.average == record.learned == {} and record.random_states.shape == (1, 5056)
 
 
@@ -198,7 +199,9 @@ def test_a_checkpoint_from_before_the_options_is_one_without(checkpoint, tmp_pat
     refused(new_state(ema=.9), tmp_path / "old", "made with ema None, not 0.9")
 
 
-@pytest.mark.parametrize("name, other", [("ema", .8), ("ema", None), ("clip", 1.), ("clip", None), ("warmup", 0)])
+OTHER = [("ema", .8), ("ema", None), ("clip", 1.), ("clip", None), ("warmup", 0)]
+
+@pytest.mark.parametrize("name, other", OTHER)
 def test_a_checkpoint_of_other_options_is_refused(name, other, tmp_path):
     trained(new_state(**OPTIONS), 1).save(tmp_path / "c")
     state = trained(new_state(5, **OPTIONS | {name: other}), 1)
@@ -287,7 +290,9 @@ WRONG = {"ema": [0, 1, 0., 1., -.5, 1.5, math.nan, math.inf, True, "0.9", [.9], 
          "clip": [0, -1, math.nan, math.inf, True, "1", [1]],
          "warmup": [-1, .5, math.nan, math.inf, True, "5", None, [5]]}
 
-@pytest.mark.parametrize("name, value", [(k, v) for k, vs in WRONG.items() for v in vs], ids=lambda v: str(v)[:12])
+EACH = [(k, v) for k, values in WRONG.items() for v in values]
+
+@pytest.mark.parametrize("name, value", EACH, ids=lambda v: str(v)[:12])
 def test_bad_options(name, value):
     for make in (training_options, new_state):
         with pytest.raises((ValueError, TypeError), match=f"^{name} must"): make(**{name: value})

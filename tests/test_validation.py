@@ -1,4 +1,4 @@
-"Attempts to break lfdm.validation: its numbers against plain Monte Carlo and the floor, odd bins, bad ranges."
+"Attempts to break lfdm.validation: its numbers against plain Monte Carlo and the floor, odd bins."
 import copy
 import json
 import math
@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from trained import DATA, LOSS, X, new_net
 
 from lfdm.evaluation import floor
 from lfdm.losses import DiffusionLoss
 from lfdm.schedules import SCHEDULES, network_logsnr
 from lfdm.validation import ValidationSet
+from trained import DATA, LOSS, X, new_net
 
 X64 = DATA.sample(20_000, 3, dtype=torch.float64)
 CHOICES = [("cosine", "eps", "weighted"), ("cosine", "v", "nelbo"), ("linear", "x", "weighted"),
@@ -98,7 +98,8 @@ def test_a_network_may_see_a_few_examples_at_a_time():
 @pytest.mark.parametrize("name", ["bins", "seed", "chunk"])
 @pytest.mark.parametrize("wrong", [-1, 2.5, math.nan, True, "5", 10**400])
 def test_bad_numbers(name, wrong):
-    with pytest.raises((ValueError, TypeError), match=f"{name} must be"): ValidationSet(LOSS, X, **{name: wrong})
+    with pytest.raises((ValueError, TypeError), match=f"{name} must be"):
+        ValidationSet(LOSS, X, **{name: wrong})
 
 
 def test_bad_bins():

@@ -53,7 +53,8 @@ def everything(state):
     def plain(d):
         if isinstance(d, dict): return {k: plain(v) for k, v in sorted(d.items(), key=str)}
         return d.tolist() if torch.is_tensor(d) else d
-    parts = dict(net=state.net.state_dict(), optimizer=state.optimizer.state_dict(), result=state.result.state_dict(),
+    parts = dict(net=state.net.state_dict(), result=state.result.state_dict(),
+                 optimizer=state.optimizer.state_dict(),
                  random=dict(enumerate(g.get_state() for g in state.generators)),
                  learned={m: s.state() for m, s in state.learning.items()})
     return repr((plain(parts), state.epoch, state.steps, state.history))
