@@ -5,34 +5,34 @@
 # %% auto #0
 __all__ = ['WEIGHTINGS', 'Weighting', 'LogSNRWeighting', 'EpsFactor', 'NELBO', 'Weighted', 'Rescaled', 'Simple', 'SNR',
            'SNRPlusOne', 'TruncatedSNR', 'MinSNR', 'SoftMinSNR', 'P2', 'DDPMVLB', 'Sech', 'Exponential', 'Sigmoid',
-           'EDM', 'EDMMonotonic', 'Implied', 'implied_w', 'rising_intervals']
+           'EDM', 'EDMMonotonic', 'as_triple', 'Implied', 'implied_w', 'rising_intervals']
 
 # %% ../nbs/library/30_weightings.ipynb #551c8221
 import math
 
 import torch
 
-from .core import as_number, instance, maths, number, spec
+from .core import Choice, as_number, instance, maths, number, spec
 from .schedules import SCHEDULES, Schedule
 from .targets import TARGETS, Target
 
 # %% ../nbs/library/30_weightings.ipynb #42dd81ef
-class Weighting:
-    "How much each noise level counts. Subclasses give `eps_factor`; most derive from `LogSNRWeighting` or `EpsFactor`."
-    name = None
+class Weighting(Choice):
+    "How much each noise level counts. Subclasses give `eps_factor`, most of them through `w` or `g`."
     def eps_factor(self, logsnr, schedule, target):
         "The factor on the noise error at a sampled time."
         raise NotImplementedError
     def factor(self, logsnr, schedule, target):
         "The factor on the target's own squared error at a sampled time: eps_factor · r_y."
-        return self.eps_factor(logsnr, schedule, target) * target.eps_ratio(*schedule.scales(logsnr))
-    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}={v:g}' if isinstance(v, (int, float)) else f'{k}={v}' for k, v in vars(self).items() if k[0] != '_')})"
+        ratio = target.eps_ratio(*schedule.scales(logsnr))
+        return self.eps_factor(logsnr, schedule, target) * ratio
 
 # %% ../nbs/library/30_weightings.ipynb #8cd21497
 class LogSNRWeighting(Weighting):
     "A weighting given by w(λ), independent of schedule and target; Kingma & Gao (9). Subclasses give `w`."
     def w(self, logsnr): raise NotImplementedError
-    def eps_factor(self, logsnr, schedule, target): return -schedule.dlogsnr_at(logsnr) * self.w(logsnr)
+    def eps_factor(self, logsnr, schedule, target):
+        return -schedule.dlogsnr_at(logsnr) * self.w(logsnr)
 
 # %% ../nbs/library/30_weightings.ipynb #6e836711
 class EpsFactor(Weighting):
@@ -81,24 +81,28 @@ class SNRPlusOne(EpsFactor):
 class TruncatedSNR(EpsFactor):
     "max(SNR, 1)/SNR = max(1, e^-λ); Salimans & Ho (2022)."
     name = 'truncated_snr'
-    def g(self, logsnr): return maths(logsnr).maximum(maths(logsnr).exp(-logsnr), 1)
+    def g(self, logsnr):
+        m = maths(logsnr)
+        return m.maximum(m.exp(-logsnr), 1)
 
 # %% ../nbs/library/30_weightings.ipynb #6c9faa88
 class MinSNR(EpsFactor):
     "min(SNR, γ)/SNR = min(1, γ e^-λ); Hang et al. (2023)."
     name = 'min_snr'
     def __init__(self,
-                 gamma: float = 5., # γ
+                 gamma: float = 5.,  # γ
                 ):
         self.gamma = number('gamma', gamma, low=0, high=1e12, above=True)
-    def g(self, logsnr): return maths(logsnr).minimum(self.gamma * maths(logsnr).exp(-logsnr), 1)
+    def g(self, logsnr):
+        m = maths(logsnr)
+        return m.minimum(self.gamma * m.exp(-logsnr), 1)
 
 # %% ../nbs/library/30_weightings.ipynb #cba597ba
 class SoftMinSNR(EpsFactor):
     "γ/(SNR + γ) = sigmoid(log γ - λ); Crowson et al. (2024)."
     name = 'soft_min_snr'
     def __init__(self,
-                 gamma: float = 5., # γ
+                 gamma: float = 5.,  # γ
                 ):
         self.gamma = number('gamma', gamma, low=0, high=1e12, above=True)
     def g(self, logsnr): return maths(logsnr).sigmoid(math.log(self.gamma) - logsnr)
@@ -108,26 +112,32 @@ class P2(EpsFactor):
     "1/(k + SNR)^γ; Choi et al. (2022)."
     name = 'p2'
     def __init__(self,
-                 k: float = 1.,     # k
-                 gamma: float = 1., # γ
+                 k: float = 1.,      # k
+                 gamma: float = 1.,  # γ
                 ):
-        self.k, self.gamma = number('k', k, low=0, high=1e12), number('gamma', gamma, low=0, high=100)
+        self.k = number('k', k, low=0, high=1e12)
+        self.gamma = number('gamma', gamma, low=0, high=100)
     def g(self, logsnr): return (self.k + maths(logsnr).exp(logsnr))**-self.gamma
 
 # %% ../nbs/library/30_weightings.ipynb #32977199
 class DDPMVLB(Weighting):
-    "The weight of DDPM's variational bound, T β²/(σ²α(1 - ᾱ)) on the noise error, without its ½; training-objective document."
+    "The weight of DDPM's variational bound, T β²/(σ²α(1 - ᾱ)), without its ½; training-objective document."
     name = 'ddpm_vlb'
     def __init__(self,
-                 variance: str = 'beta', # σ² of the reverse step: 'beta' or 'posterior'
+                 variance: str = 'beta',  # σ² of the reverse step: 'beta' or 'posterior'
                 ):
-        if variance not in ('beta', 'posterior'): raise ValueError(f"variance must be 'beta' or 'posterior', not {variance!r}.")
-        self.variance = variance
+        self.variance = _checked_variance(variance)
     def eps_factor(self, logsnr, schedule, target):
-        if not schedule.steps or self.variance == 'posterior': return -schedule.dlogsnr_at(logsnr)
-        jump = schedule.jump(logsnr)                                 # expm1(jump) σ_s²/σ_t² = (1 - e^-jump)/α_t|s²
-        alpha_s, alpha_t = schedule.scales(schedule.before(logsnr))[0], schedule.scales(logsnr)[0]
+        if not schedule.steps or self.variance == 'posterior':
+            return -schedule.dlogsnr_at(logsnr)
+        alpha_s, _ = schedule.scales(schedule.before(logsnr))
+        alpha_t, _ = schedule.scales(logsnr)
+        jump = schedule.jump(logsnr)
         return -schedule.steps * (alpha_s / alpha_t)**2 * maths(logsnr).expm1(-jump)
+
+def _checked_variance(variance):
+    if variance in ('beta', 'posterior'): return variance
+    raise ValueError(f"variance must be 'beta' or 'posterior', not {variance!r}.")
 
 # %% ../nbs/library/30_weightings.ipynb #d72f77cb
 class Sech(LogSNRWeighting):
@@ -146,7 +156,7 @@ class Sigmoid(LogSNRWeighting):
     "sigmoid(k - λ); Kingma & Gao, section 5.2."
     name = 'sigmoid'
     def __init__(self,
-                 k: float = 2., # where it falls
+                 k: float = 2.,  # λ at which it is ½
                 ):
         self.k = number('k', k, low=-80, high=80)
     def w(self, logsnr): return maths(logsnr).sigmoid(self.k - logsnr)
@@ -156,88 +166,128 @@ class EDM(LogSNRWeighting):
     "N(λ; mean, std²)(1 + e^-λ/σ_d²), implied by EDM's loss; Kingma & Gao (26)."
     name = 'edm'
     def __init__(self,
-                 mean: float = 2.4,       # of λ
-                 std: float = 2.4,        # of λ
-                 sigma_data: float = 0.5, # σ_d
+                 mean: float = 2.4,        # of λ
+                 std: float = 2.4,         # of λ
+                 sigma_data: float = 0.5,  # σ_d
                 ):
-        self.mean, self.std = number('mean', mean, low=-80, high=80), number('std', std, low=1e-2, high=1e3)
+        self.mean = number('mean', mean, low=-80, high=80)
+        self.std = number('std', std, low=1e-2, high=1e3)
         self.sigma_data = number('sigma_data', sigma_data, low=1e-6, high=1e6)
     def w(self, logsnr):
         m = maths(logsnr)
         a = (logsnr - self.mean) / self.std
-        bell, tilted = m.exp(-a**2 / 2), m.exp(-a * (a / 2 + self.std) - self.mean)    # the second is bell e^-λ, finite at both ends
+        bell = m.exp(-a**2 / 2)
+        tilted = m.exp(-a * (a / 2 + self.std) - self.mean)  # bell e^-λ, finite at both ends
         return (bell + tilted / self.sigma_data**2) / (self.std * m.sqrt(2 * m.pi * logsnr**0))
+
+# %% ../nbs/library/30_weightings.ipynb #5e1b3ad6
+def _edm_peaks(mean, std, sigma_data):
+    "λ where EDM's weight has a peak: one, or two if the bell is wide."
+    from scipy.optimize import brentq
+    from scipy.special import expit
+    knee = -2 * math.log(sigma_data)                         # where e^-λ = σ_d²
+    slope = lambda l: (mean - l) / std**2 - expit(knee - l)  # d log w / dλ
+    bend = 2 * math.acosh(max(1., std / 2))                  # the slope falls, except within knee ± bend
+    low, high = mean - std**2 - std, mean                    # it is above 0 at low, and not at high
+    inside = [l for l in (knee - bend, knee + bend) if low < l < high]
+    bounds = [low, *inside, high]
+    return [brentq(slope, a, b, xtol=1e-13) for a, b in zip(bounds, bounds[1:]) if slope(a) > 0 >= slope(b)]
+
+# %% ../nbs/library/30_weightings.ipynb #b7f34cd9
+def _edm_highest(mean, std, sigma_data):
+    "λ where EDM's weight is highest; raises ValueError if it rises again to the right of it."
+    knee = -2 * math.log(sigma_data)
+    softplus = lambda y: max(y, 0) + math.log1p(math.exp(-abs(y)))
+    log_w = lambda l: -((l - mean) / std)**2 / 2 + softplus(knee - l)
+    peaks = _edm_peaks(mean, std, sigma_data)
+    highest = max(peaks, key=log_w)
+    if highest == peaks[-1]: return highest
+    raise ValueError(
+        f'the EDM weight with mean {mean:g}, std {std:g}, sigma_data {sigma_data:g} is highest at '
+        f'λ = {highest:.4g} and rises to a second peak at {peaks[-1]:.4g}: '
+        f'no monotonic weight equals it to the right of its peak. Choose a smaller std.')
 
 # %% ../nbs/library/30_weightings.ipynb #8cd1d835
 class EDMMonotonic(EDM):
     "EDM's weight, constant to the left of its peak; Kingma & Gao, section 5.2."
     name = 'edm_monotonic'
     def __init__(self,
-                 mean: float = 2.4,       # of λ
-                 std: float = 2.4,        # of λ
-                 sigma_data: float = 0.5, # σ_d
-                ):                        # raises ValueError if EDM's weight rises again behind its peak
-        from scipy.optimize import brentq
-        from scipy.special import expit
+                 mean: float = 2.4,        # of λ
+                 std: float = 2.4,         # of λ
+                 sigma_data: float = 0.5,  # σ_d
+                ):                         # raises ValueError if EDM's weight rises again behind its peak
         super().__init__(mean, std, sigma_data)
-        knee = -2 * math.log(self.sigma_data)                                            # where e^-λ = σ_d²
-        uphill = lambda l: (self.mean - l) / self.std**2 - expit(knee - l)               # d log w / dλ
-        log_w = lambda l: -((l - self.mean) / self.std)**2 / 2 + max(knee - l, 0) + math.log1p(math.exp(-abs(knee - l)))
-        bend = 2 * math.acosh(max(1., self.std / 2))                                     # uphill falls, but between knee ± bend
-        ends = (self.mean - self.std**2 - self.std, self.mean)
-        l = [ends[0], *(k for k in (knee - bend, knee + bend) if ends[0] < k < ends[1]), ends[1]]
-        turns = [brentq(uphill, a, b, xtol=1e-13) for a, b in zip(l, l[1:]) if uphill(a) > 0 >= uphill(b)]
-        self._peak = max(turns, key=log_w)
-        if self._peak != turns[-1]:
-            raise ValueError(f"the EDM weight with mean {self.mean:g}, std {self.std:g}, sigma_data {self.sigma_data:g} is highest at λ = {self._peak:.4g} and rises to a second peak at {turns[-1]:.4g}: "
-                             f"no monotonic weight equals it to the right of its peak. Choose a smaller std.")
+        self._peak = _edm_highest(self.mean, self.std, self.sigma_data)
     def w(self, logsnr): return super().w(maths(logsnr).maximum(logsnr, self._peak))
+
+# %% ../nbs/library/30_weightings.ipynb #2f2155b3
+def as_triple(schedule,   # name, class or instance
+              target,     # name, class or instance
+              weighting,  # name, class or instance
+             ) -> tuple:  # the three instances; raises ValueError or TypeError
+    "The three choices that make a loss."
+    return (instance(SCHEDULES, schedule, 'schedule', Schedule),
+            instance(TARGETS, target, 'target', Target),
+            instance(WEIGHTINGS, weighting, 'weighting', Weighting))
 
 # %% ../nbs/library/30_weightings.ipynb #3d93db34
 class Implied(LogSNRWeighting):
     "The w(λ) that a triple implies, as a weight of its own."
     name = 'implied'
     def __init__(self,
-                 schedule='cosine',    # the triple's; a name, with options if any
-                 target='eps',         # the triple's
-                 weighting='weighted', # the triple's
-                ):
-        self._triple = (instance(SCHEDULES, schedule, 'schedule', Schedule), instance(TARGETS, target, 'target', Target), instance(WEIGHTINGS, weighting, 'weighting', Weighting))
-        if self._triple[0].learned and not isinstance(self._triple[2], LogSNRWeighting): raise ValueError(f"the {schedule} schedule moves: a weight cannot be bound to it. Name another.")
-        self.schedule, self.target, self.weighting = (q if isinstance(q, str) else spec(i) for q, i in zip((schedule, target, weighting), self._triple))
+                 schedule='cosine',     # the triple's; a name, with options if any
+                 target='eps',          # the triple's
+                 weighting='weighted',  # the triple's
+                ):                      # raises ValueError if the triple's w(λ) moves with its schedule
+        self._triple = as_triple(schedule, target, weighting)
+        _require_fixed(schedule, *self._triple)
+        given = zip((schedule, target, weighting), self._triple)
+        self.schedule, self.target, self.weighting = (q if isinstance(q, str) else spec(i) for q, i in given)
     def w(self, logsnr):
         schedule, target, weighting = self._triple
         return weighting.eps_factor(logsnr, schedule, target) / -schedule.dlogsnr_at(logsnr)
 
+def _require_fixed(name, schedule, target, weighting):
+    if schedule.learned and not isinstance(weighting, LogSNRWeighting):
+        raise ValueError(f'the {name} schedule moves: a weight cannot be bound to it. Name another.')
+
 # %% ../nbs/library/30_weightings.ipynb #f2e4c302
-WEIGHTINGS = {'nelbo': NELBO, 'weighted': Weighted, 'rescaled': Rescaled, 'simple': Simple, 'snr': SNR, 'snr_plus_one': SNRPlusOne, 'truncated_snr': TruncatedSNR, 'min_snr': MinSNR,
-              'soft_min_snr': SoftMinSNR, 'p2': P2, 'ddpm_vlb': DDPMVLB, 'sech': Sech, 'exponential': Exponential, 'sigmoid': Sigmoid, 'edm': EDM,
-              'edm_monotonic': EDMMonotonic, 'implied': Implied}
+WEIGHTINGS = {cls.name: cls for cls in (
+    NELBO, Weighted, Rescaled,
+    Simple, SNR, SNRPlusOne, TruncatedSNR, MinSNR, SoftMinSNR, P2, DDPMVLB,
+    Sech, Exponential, Sigmoid, EDM, EDMMonotonic, Implied)}
 
 # %% ../nbs/library/30_weightings.ipynb #0843b496
-def implied_w(logsnr,    # λ, a tensor or a symbol
-              schedule,  # name, class or instance
-              target,    # name, class or instance
-              weighting, # name, class or instance
-             ):          # w(λ), in λ's dtype
+def implied_w(logsnr,     # λ, a tensor or a symbol
+              schedule,   # name, class or instance
+              target,     # name, class or instance
+              weighting,  # name, class or instance
+             ):           # w(λ), in λ's dtype
     "The w(λ) that a triple implies: p(λ) times the factor on the noise error; Kingma & Gao (9)."
-    schedule = instance(SCHEDULES, schedule, 'schedule', Schedule)
-    target, weighting = instance(TARGETS, target, 'target', Target), instance(WEIGHTINGS, weighting, 'weighting', Weighting)
+    schedule, target, weighting = as_triple(schedule, target, weighting)
     logsnr = as_number(logsnr)
     return schedule.density(logsnr) * weighting.eps_factor(logsnr, schedule, target)
 
 # %% ../nbs/library/30_weightings.ipynb #97603259
-def rising_intervals(schedule,  # name, class or instance; its range of λ must be finite
-           target,    # name, class or instance
-           weighting, # name, class or instance
-           points: int = 20_001, # of the grid of λ
-          ) -> list:  # of intervals (λ_low, λ_high); empty if w is monotonic
-    "The noise levels where the implied w(λ) rises with λ, on a fine grid in float64; Kingma & Gao, section 3.5."
+def rising_intervals(schedule,              # name, class or instance; its range of λ must be finite
+                     target,                # name, class or instance
+                     weighting,             # name, class or instance
+                     points: int = 20_001,  # of the grid of λ
+                    ) -> list:              # of intervals (λ_low, λ_high); empty if w is monotonic
+    "Where the implied w(λ) rises with λ, on a fine grid in float64; Kingma & Gao, section 3.5."
     schedule = instance(SCHEDULES, schedule, 'schedule', Schedule)
-    if not math.isfinite(schedule.logsnr_max - schedule.logsnr_min): raise ValueError(f"monotonicity is decided over a finite range of logsnr, not that of {schedule!r}.")
-    n = number('points', points, low=3, integer=True)
-    if schedule.steps: k = schedule.logsnr(torch.arange(schedule.steps, 0, -1, dtype=torch.float64) / schedule.steps)   # from level to level
-    else: k = torch.linspace(schedule.logsnr_min, schedule.logsnr_max, n, dtype=torch.float64)
-    up = torch.cat([torch.tensor([False]), implied_w(k, schedule, target, weighting).log().diff() > 1e-11, torch.tensor([False])])
-    first, last = (up[1:] & ~up[:-1]).nonzero()[:, 0], (~up[1:] & up[:-1]).nonzero()[:, 0]
-    return [(k[a].item(), k[b].item()) for a, b in zip(first, last)]
+    logsnr = _ascending_levels(schedule, points)
+    rises = implied_w(logsnr, schedule, target, weighting).log().diff() > 1e-11
+    outside = torch.tensor([False])
+    change = torch.cat([outside, rises, outside]).int().diff()
+    first, last = logsnr[change == 1], logsnr[change == -1]
+    return list(zip(first.tolist(), last.tolist()))
+
+def _ascending_levels(schedule, points):
+    "A fine grid of λ in float64; the levels themselves if there are only T."
+    low, high, T = schedule.logsnr_min, schedule.logsnr_max, schedule.steps
+    if not math.isfinite(high - low):
+        raise ValueError(f'monotonicity is decided over a finite range of logsnr, not that of {schedule!r}.')
+    points = number('points', points, low=3, integer=True)
+    if T: return schedule.logsnr(torch.arange(T, 0, -1, dtype=torch.float64) / T)
+    return torch.linspace(low, high, points, dtype=torch.float64)

@@ -142,6 +142,20 @@ def test_nothing_imports_from_a_later_notebook():
     assert not later, "\n".join(later)
 
 
+DIRECTIVES = ("default_exp", "export", "exports", "exporti", "hide", "eval", "echo", "output", "include", "label")
+
+
+@NOTEBOOKS
+def test_a_continued_caption_is_no_directive(notebook):
+    "`#|` and two spaces go on with a caption. For nbdev each line is one of its own, known by its first word."
+    lines = [line for source, _ in cells(notebook, "code") for line in source.splitlines()]
+    continued = [(before, line) for before, line in zip(lines, lines[1:]) if re.match(r"#\|  +\S", line)]
+    for before, line in continued:
+        assert re.match(r"#\|(  +\S| (fig|tbl)-cap: )", before), f"it continues no caption: {line}"
+        word = re.split(r"\W", line[2:].strip())[0]
+        assert word not in DIRECTIVES, f"nbdev takes it for a directive: {line}"
+
+
 # --- width
 
 def code_lines(path):

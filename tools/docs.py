@@ -25,6 +25,7 @@ SPARED = "#|eval: false\n"  # as nobody writes it: to be taken away again
 CAPTION = re.compile(r"^#\| (fig|tbl)-cap: (.*)$", re.M)
 # options that smalldocs need not know
 FOR_QUARTO = re.compile("bibliography|execute.enabled|html-math-method|link-citations|output-file")
+CONTINUED = re.compile(r"\n#\|  +(?=\S)")
 WEB_FONTS = re.compile(r"@import url\(https://fonts[^)]*\);")
 REF = re.compile(r"(?<![\w\[])@((?:eq|fig|tbl)-[\w-]+)")
 
@@ -37,13 +38,18 @@ def demonstrates(source):
     return bool(imports) and len(imports) < len(tree.body) or any(node not in tree.body for node in imports)
 
 
-def spare_lessons(path):
-    "To document what a notebook exports, nbdev runs each cell with an import: have it leave out the lessons."
+def prepare(path):
+    """Make a copy of a notebook ready for nbdev.
+
+    A long caption goes on in lines that begin with `#|` and two spaces: nbdev wants it in one. To document what
+    a notebook exports, nbdev runs each cell with an import: have it leave out the lessons.
+    """
     page = json.loads(path.read_text(encoding="utf-8"))
     for cell in page["cells"]:
-        source = "".join(cell["source"])
+        if cell["cell_type"] != "code": continue
+        source = cell["source"] = CONTINUED.sub(" ", "".join(cell["source"]))
         wanted = re.search(r"^#\| export|^show_doc", source, re.M)
-        if cell["cell_type"] == "code" and demonstrates(source) and not wanted:
+        if demonstrates(source) and not wanted:
             cell["source"] = SPARED + source
     path.write_text(json.dumps(page), encoding="utf-8")
 
@@ -53,7 +59,7 @@ def stage():
     shutil.rmtree(STAGE, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
         pages = Path(shutil.copytree(ROOT / "nbs", Path(folder) / "nbs"))  # with what it links to
-        for path in pages.rglob("*.ipynb"): spare_lessons(path)
+        for path in pages.rglob("*.ipynb"): prepare(path)
         # nbdev wants some `quarto` on the PATH, even where only smalldocs will follow
         stand_in = Path(folder) / "quarto"
         stand_in.write_text("#!/bin/sh\n")
