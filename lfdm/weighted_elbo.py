@@ -19,184 +19,250 @@ from .schedules import SCHEDULES, Level, Schedule
 from .weightings import WEIGHTINGS, LogSNRWeighting, Weighting
 
 # %% ../nbs/library/87_weighted_elbo.ipynb #cfcf6a5a
-def level_grid(low: float,        # λ_min
-               high: float,       # λ_max
-               points: int = 4001, # odd, for Simpson's rule
-              ) -> torch.Tensor:  # λ, shape (points,), float64; raises ValueError unless finite and increasing
+def level_grid(low: float,          # λ_min
+               high: float,         # λ_max
+               points: int = 4001,  # odd, for Simpson's rule
+              # λ, shape (points,), float64; raises ValueError unless finite and increasing
+              ) -> torch.Tensor:
     "Noise levels to integrate over."
-    low, high, points = number('low', low), number('high', high), number('points', points, low=3, integer=True)
-    if not -math.inf < low < high < math.inf: raise ValueError(f"the ELBOs need a finite range of logsnr, from low to high, not [{low:g}, {high:g}].")
-    if points % 2 == 0: raise ValueError(f"points must be odd, not {points}: Simpson's rule takes intervals in pairs.")
+    low, high = number('low', low), number('high', high)
+    points = number('points', points, low=3, integer=True)
+    if not -math.inf < low < high < math.inf:
+        raise ValueError('the ELBOs need a finite range of logsnr, from low to high, '
+                         f'not [{low:g}, {high:g}].')
+    if points % 2 == 0:
+        raise ValueError(f"points must be odd, not {points}: Simpson's rule takes intervals in pairs.")
     return torch.linspace(low, high, points, dtype=torch.float64)
 
-def exact_slope(dataset, # a set with exact floors
-                logsnr,  # λ, any shape
-               ):        # L'(λ) in nats, λ's shape
+def exact_slope(dataset,  # a set with exact floors
+                logsnr,   # λ, any shape
+               ):         # L'(λ) in nats, λ's shape
     "The slope of the exact denoiser, a mean over data: D/2 times the smallest noise error; Kingma & Gao (6)."
     return dataset.dim / 2 * dataset.eps_floor(as_number(logsnr))
 
-def eps_slope(denoiser,        # denoiser(z, level) -> (x̂, ε̂)
-              x: torch.Tensor, # data, shape (n, ...)
-              logsnr,          # λ, shape (k,)
-              schedule='cosine', # gives the scales: the kind of process, nothing else
-              seed: int = 0,   # of the noise
-             ) -> torch.Tensor: # (k, n), float64; raises ValueError outside the denoiser's range, FloatingPointError
+def eps_slope(denoiser,           # denoiser(z, level) -> (x̂, ε̂)
+              x: torch.Tensor,    # data, shape (n, ...)
+              logsnr,             # λ, shape (k,)
+              schedule='cosine',  # gives the scales: the kind of process, nothing else
+              seed: int = 0,      # of the noise
+             ) -> torch.Tensor:   # (k, n), float64; raises ValueError or FloatingPointError
     "½‖ε - ε̂‖² for each level and example, with the same noise at all levels; Kingma & Gao (6, 48)."
     require_batch('x', x)
-    logsnr, schedule = as_number(logsnr).flatten(), instance(SCHEDULES, schedule, 'schedule', Schedule)
+    schedule = instance(SCHEDULES, schedule, 'schedule', Schedule)
+    logsnr = _checked_levels(denoiser, logsnr)
+    eps = torch.randn(x.shape, generator=seeded(seed, x.device), device=x.device, dtype=x.dtype)
+    slopes = []
+    for level in zip(*(q.to(x) for q in (logsnr, *schedule.scales(logsnr)))):
+        level = Level(*level)
+        with torch.no_grad(): _, eps_hat = denoiser(level.alpha * x + level.sigma * eps, level)
+        slopes.append(0.5 * (eps - eps_hat).double().square().flatten(1).sum(1))
+        _require_finite(slopes[-1], level)
+    return torch.stack(slopes)
+
+def _checked_levels(denoiser, logsnr):
+    "Noise levels in float64, within the range that the denoiser knows."
+    logsnr = as_number(logsnr).flatten()
     low, high = getattr(denoiser, 'within', None) or (-math.inf, math.inf)
     if not (ok := (low <= logsnr) & (logsnr <= high) & logsnr.isfinite()).all():
-        raise ValueError(f"logsnr must be finite and within the range of the training, {low:g} to {high:g}, not {logsnr[~ok][0]:g}.")
-    eps, slopes = torch.randn(x.shape, generator=seeded(seed, x.device), device=x.device, dtype=x.dtype), []
-    for level in zip(*(q.to(x) for q in (logsnr.double(), *schedule.scales(logsnr.double())))):
-        level = Level(*level)
-        with torch.no_grad(): eps_hat = denoiser(level.alpha * x + level.sigma * eps, level)[1]
-        slopes.append(0.5 * (eps - eps_hat).double().square().flatten(1).sum(1))
-        if not slopes[-1].isfinite().all(): raise FloatingPointError(f"the noise error is not finite at logsnr {level.logsnr:.4g}.")
-    return torch.stack(slopes)
+        raise ValueError('logsnr must be finite and within the range of the training, '
+                         f'{low:g} to {high:g}, not {logsnr[~ok][0]:g}.')
+    return logsnr.double()
+
+def _require_finite(slope, level):
+    "Raise FloatingPointError, with the level, unless the noise error is finite."
+    if slope.isfinite().all(): return
+    raise FloatingPointError(f'the noise error is not finite at logsnr {level.logsnr:.4g}.')
 
 # %% ../nbs/library/87_weighted_elbo.ipynb #d7d37302
 class ELBOs(NamedTuple):
     "L(λ) and its slope over noise levels, in nats."
-    logsnr: torch.Tensor # λ, increasing, shape (k,)
-    slope: torch.Tensor  # L'(λ), shape (k,)
-    loss: torch.Tensor   # L(λ), shape (k,): the negative ELBO of data with the noise of λ, up to a constant
+    logsnr: torch.Tensor  # λ, increasing, shape (k,)
+    slope: torch.Tensor   # L'(λ), shape (k,)
+    loss: torch.Tensor    # L(λ), shape (k,): the negative ELBO of data with the noise of λ, up to a constant
 
-def elbos(logsnr: torch.Tensor, # λ, increasing, shape (k,)
-          slope: torch.Tensor,  # L'(λ), shape (k,)
-          prior: float,         # L(λ_min)
-         ) -> ELBOs:            # raises ValueError
+def elbos(logsnr: torch.Tensor,  # λ, increasing, shape (k,)
+          slope: torch.Tensor,   # L'(λ), shape (k,)
+          prior: float,          # L(λ_min)
+         ) -> ELBOs:             # raises ValueError
     "L(λ) from its slope, by Simpson's rule; Kingma & Gao (39)."
     from scipy.integrate import cumulative_simpson
     logsnr, slope = as_number(logsnr).double(), as_number(slope).double()
-    if logsnr.ndim != 1 or logsnr.shape != slope.shape or len(logsnr) < 3: raise ValueError(f"logsnr and slope must be of one shape (k,) with k > 2, not {tuple(logsnr.shape)} and {tuple(slope.shape)}.")
+    _require_curve(logsnr, slope)
+    area = cumulative_simpson(slope.numpy(), x=logsnr.numpy(), initial=0)
+    return ELBOs(logsnr, slope, float(prior) + torch.from_numpy(area))
+
+def _require_curve(logsnr, slope):
+    "Raise ValueError unless these are finite numbers on a grid as `level_grid` makes it."
+    if logsnr.ndim != 1 or logsnr.shape != slope.shape or len(logsnr) < 3:
+        raise ValueError('logsnr and slope must be of one shape (k,) with k > 2, '
+                         f'not {tuple(logsnr.shape)} and {tuple(slope.shape)}.')
     gaps = logsnr.diff()
-    if not logsnr.isfinite().all() or not (gaps > 0).all(): raise ValueError("logsnr must be finite and increase.")
-    if len(logsnr) % 2 == 0 or not torch.allclose(gaps, gaps[:1].expand_as(gaps), rtol=1e-6, atol=0): raise ValueError("logsnr must be an odd number of evenly spaced levels, as `level_grid` makes them.")
-    if not slope.isfinite().all(): raise ValueError(f"the slope is {slope[~slope.isfinite()][0]:g} at logsnr {logsnr[~slope.isfinite()][0]:.4g}.")
-    return ELBOs(logsnr, slope, float(prior) + torch.from_numpy(cumulative_simpson(slope.numpy(), x=logsnr.numpy(), initial=0)))
+    if not logsnr.isfinite().all() or not (gaps > 0).all():
+        raise ValueError('logsnr must be finite and increase.')
+    if len(logsnr) % 2 == 0 or not torch.allclose(gaps, gaps[:1].expand_as(gaps), rtol=1e-6, atol=0):
+        raise ValueError('logsnr must be an odd number of evenly spaced levels, as `level_grid` makes them.')
+    if not (ok := slope.isfinite()).all():
+        raise ValueError(f'the slope is {slope[~ok][0]:g} at logsnr {logsnr[~ok][0]:.4g}.')
 
 # %% ../nbs/library/87_weighted_elbo.ipynb #4ad1384f
-def exact_elbos(dataset,           # a set with exact floors
-                low: float = -12.9, # λ_min
-                high: float = 12.9, # λ_max
-                points: int = 4001, # of the grid
-               ) -> ELBOs:         # a mean over data
+def exact_elbos(dataset,             # a set with exact floors
+                low: float = -12.9,  # λ_min
+                high: float = 12.9,  # λ_max
+                points: int = 4001,  # of the grid
+               ) -> ELBOs:           # a mean over data
     "L(λ) of the exact denoiser: no model has a smaller one."
     logsnr = level_grid(low, high, points)
-    prior = prior_kl(torch.ones(1, dataset.dim, dtype=torch.float64), SCHEDULES['cosine']().level_at(logsnr[0]))   # E‖x‖² = D: the sets are standardized
+    ones = torch.ones(1, dataset.dim, dtype=torch.float64)   # E‖x‖² = D: the sets are standardized
+    prior = prior_kl(ones, SCHEDULES['cosine']().level_at(logsnr[0]))
     return elbos(logsnr, exact_slope(dataset, logsnr), prior.item())
 
-def model_elbos(denoiser,          # denoiser(z, level) -> (x̂, ε̂)
-                x: torch.Tensor,   # data, shape (n, ...)
-                low: float = -12.9, # λ_min
-                high: float = 12.9, # λ_max
-                points: int = 513, # of the grid
-                schedule='cosine', # gives the scales
-                seed: int = 0,     # of the noise
-               ) -> ELBOs:         # a mean over the data given
+def model_elbos(denoiser,            # denoiser(z, level) -> (x̂, ε̂)
+                x: torch.Tensor,     # data, shape (n, ...)
+                low: float = -12.9,  # λ_min
+                high: float = 12.9,  # λ_max
+                points: int = 513,   # of the grid
+                schedule='cosine',   # gives the scales
+                seed: int = 0,       # of the noise
+               ) -> ELBOs:           # a mean over the data given
     "L(λ) of any denoiser, simulated with the same draws at all levels."
-    logsnr, schedule = level_grid(low, high, points), instance(SCHEDULES, schedule, 'schedule', Schedule)
+    logsnr = level_grid(low, high, points)
+    schedule = instance(SCHEDULES, schedule, 'schedule', Schedule)
     slope = eps_slope(denoiser, x, logsnr, schedule, seed).mean(1).cpu()
     return elbos(logsnr, slope, prior_kl(x.double(), schedule.level_at(logsnr[0])).mean().item())
 
 # %% ../nbs/library/87_weighted_elbo.ipynb #e3efd940
-def weight(w,                    # w(λ): a function, or the name, class or instance of a LogSNRWeighting
-           logsnr: torch.Tensor, # λ, shape (k,)
-          ) -> torch.Tensor:     # w at λ, float64; raises ValueError where it is not finite
+def weight(w,                     # w(λ): a function, or the name, class or instance of a LogSNRWeighting
+           logsnr: torch.Tensor,  # λ, shape (k,)
+          ) -> torch.Tensor:      # w at λ, float64; raises ValueError where it is not finite
     "A weight at some noise levels."
-    if isinstance(w, (str, type, Weighting)):
-        w = instance(WEIGHTINGS, w, 'weighting', Weighting)
-        if not isinstance(w, LogSNRWeighting): raise ValueError(f"{w!r} is a factor on the error and no w(λ). Bind it to a schedule and a target: 'implied(cosine, eps, {w.name})'.")
-        w = w.w
     logsnr = as_number(logsnr).detach().double()
-    value = w(logsnr)
-    if not torch.is_tensor(value) or value.shape != logsnr.shape: raise ValueError(f"w must give one weight for each of {tuple(logsnr.shape)} noise levels, not {value!r:.60}.")
-    if not (ok := value.isfinite()).all(): raise ValueError(f"w is {value[~ok][0]:g} at logsnr {logsnr[~ok][0]:.4g}. Narrow the range, or choose a weight that stays finite there.")
+    value = _weight_function(w)(logsnr)
+    if not torch.is_tensor(value) or value.shape != logsnr.shape:
+        raise ValueError(f'w must give one weight for each of {tuple(logsnr.shape)} noise levels, '
+                         f'not {value!r:.60}.')
+    if not (ok := value.isfinite()).all():
+        raise ValueError(f'w is {value[~ok][0]:g} at logsnr {logsnr[~ok][0]:.4g}. '
+                         'Narrow the range, or choose a weight that stays finite there.')
     return value.double()
+
+def _weight_function(w):
+    "w as a function of λ."
+    if not isinstance(w, (str, type, Weighting)): return w
+    w = instance(WEIGHTINGS, w, 'weighting', Weighting)
+    if not isinstance(w, LogSNRWeighting):
+        raise ValueError(f'{w!r} is a factor on the error and no w(λ). '
+                         f"Bind it to a schedule and a target: 'implied(cosine, eps, {w.name})'.")
+    return w.w
 
 def _slices(f, g):
     "∫ f dg, with a parabola through each three points of f and of g."
     (f0, f1, f2), (g0, g1, g2) = ((q[:-1:2], q[1::2], q[2::2]) for q in (f, g))
-    return (f1 * (g2 - g0) + ((f2 - f0) * (g0 - 2 * g1 + g2) / 3 + (f0 - 2 * f1 + f2) * (g2 - g0) / 6)).sum().item()
+    tilt = (f2 - f0) * (g0 - 2 * g1 + g2) / 3
+    bend = (f0 - 2 * f1 + f2) * (g2 - g0) / 6
+    return (f1 * (g2 - g0) + (tilt + bend)).sum().item()
 
 # %% ../nbs/library/87_weighted_elbo.ipynb #25baa8cd
-def over_slopes(w,        # w(λ), as in `weight`
-                e: ELBOs, # of a denoiser
-               ) -> float: # in nats
+def over_slopes(w,          # w(λ), as in `weight`
+                e: ELBOs,   # of a denoiser
+               ) -> float:  # in nats
     "The weighted loss as an integral over time derivatives; Kingma & Gao (7, 8)."
     from scipy.integrate import simpson
     value = weight(w, e.logsnr)
-    return (value[0] * e.loss[0]).item() + float(simpson((value * e.slope).numpy(), x=e.logsnr.numpy()))
+    area = simpson((value * e.slope).numpy(), x=e.logsnr.numpy())
+    return (value[0] * e.loss[0]).item() + float(area)
 
-def over_elbos(w,        # w(λ), as in `weight`
-               e: ELBOs, # of a denoiser
-              ) -> float: # in nats
+def over_elbos(w,          # w(λ), as in `weight`
+               e: ELBOs,   # of a denoiser
+              ) -> float:  # in nats
     "The weighted loss as an integral of ELBOs, each with weight -w'; Kingma & Gao (10)."
     value = weight(w, e.logsnr)
     return (value[-1] * e.loss[-1]).item() - _slices(e.loss, value)
 
 # %% ../nbs/library/87_weighted_elbo.ipynb #248fbb17
-def augmentation(w,                    # w(λ), as in `weight`; must not rise
-                 logsnr: torch.Tensor, # λ, increasing, shape (k,)
-                ) -> tuple:            # (p_w(λ), shape (k,); the mass at λ_max); raises ValueError if w rises
+def augmentation(w,                     # w(λ), as in `weight`; must not rise
+                 logsnr: torch.Tensor,  # λ, increasing, shape (k,)
+                # (p_w(λ), shape (k,); the mass at λ_max); raises ValueError if w rises
+                ) -> tuple:
     "The distribution of noise levels whose mean ELBO a falling weight is; Kingma & Gao, section 3.6."
-    value = weight(w, logsnr)
-    if value[0] <= 0 or value[-1] < 0: raise ValueError(f"p_w needs a positive weight, not {value[0]:g} at λ_min and {value[-1]:g} at λ_max.")
-    if (up := value.diff() > 1e-11 * value[:-1].abs()).any():
-        raise ValueError(f"the weight rises with logsnr at {as_number(logsnr)[:-1][up][0]:.4g}: -w' is no density of noise levels there, and the loss is no ELBO of augmented data (Kingma & Gao, section 3.5).")
-    return -torch.gradient(value, spacing=(as_number(logsnr).double(),))[0] / value[0], (value[-1] / value[0]).item()
+    value, logsnr = weight(w, logsnr), as_number(logsnr)
+    _require_falling(value, logsnr)
+    slope, = torch.gradient(value, spacing=(logsnr.double(),))
+    return -slope / value[0], (value[-1] / value[0]).item()
 
-def over_augmentation(w,        # w(λ), as in `weight`; must not rise
-                      e: ELBOs, # of a denoiser
-                     ) -> float: # in nats
-    "The weighted loss as w(λ_min) times the mean ELBO of data with noise of a random level; Kingma & Gao (11)."
+def _require_falling(value, logsnr):
+    "Raise ValueError unless a weight is positive and rises nowhere."
+    if value[0] <= 0 or value[-1] < 0:
+        raise ValueError(
+            f'p_w needs a positive weight, not {value[0]:g} at λ_min and {value[-1]:g} at λ_max.'
+        )
+    if (up := value.diff() > 1e-11 * value[:-1].abs()).any():
+        raise ValueError(f"the weight rises with logsnr at {logsnr[:-1][up][0]:.4g}: -w' is no density of "
+                         'noise levels there, and the loss is no ELBO of augmented data '
+                         '(Kingma & Gao, section 3.5).')
+
+def over_augmentation(w,          # w(λ), as in `weight`; must not rise
+                      e: ELBOs,   # of a denoiser
+                     ) -> float:  # in nats
+    "w(λ_min) times the mean ELBO of data with the noise of a random level; Kingma & Gao (11)."
     (_, mass), value = augmentation(w, e.logsnr), weight(w, e.logsnr)
-    share = -value / value[0]                       # p_w dλ is a slice of this
+    share = -value / value[0]   # p_w dλ is a slice of this
     return value[0].item() * (_slices(e.loss, share) + mass * e.loss[-1].item())
 
-def draw_levels(w,             # w(λ), as in `weight`; must not rise
-                n: int,        # how many
-                low: float,    # λ_min
-                high: float,   # λ_max
-                generator: torch.Generator = None, # source; default: torch's own
-               ) -> torch.Tensor: # λ ~ p_w, shape (n,), float64
+def draw_levels(w,              # w(λ), as in `weight`; must not rise
+                n: int,         # how many
+                low: float,     # λ_min
+                high: float,    # λ_max
+                generator: torch.Generator = None,  # source; default: torch's own
+               ) -> torch.Tensor:  # λ ~ p_w, shape (n,), float64
     "Noise levels to augment data with: 1 - w(λ)/w(λ_min) is their distribution function."
     augmentation(w, level_grid(low, high))
-    u = torch.rand(number('n', n, low=1, integer=True), generator=generator, dtype=torch.float64) * weight(w, torch.tensor([low]))
+    n = number('n', n, low=1, integer=True)
+    at_ends = weight(w, torch.tensor([low])), weight(w, torch.tensor([high]))
+    u = torch.rand(n, generator=generator, dtype=torch.float64) * at_ends[0]
     a, b = torch.full_like(u, low), torch.full_like(u, high)
-    for _ in range(60):
+    for _ in range(60):   # bisection
         middle = (a + b) / 2
-        higher = weight(w, middle) > u            # the level sought is cleaner
-        a, b = torch.where(higher, middle, a), torch.where(higher, b, middle)
-    return torch.where(u < weight(w, torch.tensor([high])), torch.full_like(u, high), b)
+        cleaner = weight(w, middle) > u   # is the level sought
+        a, b = torch.where(cleaner, middle, a), torch.where(cleaner, b, middle)
+    return torch.where(u < at_ends[1], torch.full_like(u, high), b)
 
 # %% ../nbs/library/87_weighted_elbo.ipynb #a52dd37a
-def elbo_shares(w,        # w(λ), as in `weight`
-            e: ELBOs, # of a denoiser
-           ) -> tuple: # (what counts for the ELBO, what counts against it), in nats, both at least 0 if w is; (10) is their difference
-    "How much of a weighted loss asks for a worse ELBO; Kingma & Gao (10) and section 3.5."
+def elbo_shares(w,          # w(λ), as in `weight`
+                e: ELBOs,   # of a denoiser
+               # (for the ELBO, against it), in nats, both at least 0 if w is; (10) is their difference
+               ) -> tuple:
+    "How much of a weighted loss asks for a better ELBO, and for a worse; Kingma & Gao (10), section 3.5."
     value, middle = weight(w, e.logsnr), (e.loss[1:] + e.loss[:-1]) / 2
     down, up = (torch.dot(middle, (sign * value.diff()).clamp(min=0)).item() for sign in (-1, 1))
     return (value[-1] * e.loss[-1]).item() + down, up
 
 # %% ../nbs/library/87_weighted_elbo.ipynb #e1e37a01
-def kl_and_fisher(q,     # a two-dimensional GaussianMixture
-                  p,     # another
-                  alpha: float, # scale of the signal, of both
-                  sigma: float, # scale of the noise, of both
-                  fine: float = 3., # grid points per standard deviation of the narrowest component
-                 ) -> tuple: # (KL(q ‖ p) in nats, Fisher divergence in 1/length²); raises ValueError
-    "Two divergences of noisy data, by quadrature in the plane; Kingma & Gao (49)."
-    if q.dim != 2 or p.dim != 2: raise ValueError(f"the plane has two dimensions, the sets have {q.dim} and {p.dim}.")
-    alpha, sigma, fine = number('alpha', alpha, low=0), number('sigma', sigma, low=0), number('fine', fine, low=1, high=20)
-    tau = (alpha**2 * q.stds**2 + sigma**2).sqrt()
-    low, high = ((alpha * q.means - 8 * tau).amin(0), (alpha * q.means + 8 * tau).amax(0))   # q weighs all: where it is nothing, p does not matter
-    sizes = (fine * (high - low) / min(tau.amin().item(), (alpha**2 * p.stds**2 + sigma**2).sqrt().amin().item())).ceil().long() + 1
-    if sizes.prod() > 4_000_000: raise ValueError(f"so little noise needs a grid of {sizes.tolist()} points. Choose more noise (a lower logsnr).")
+def _plane(q, p, alpha, sigma, fine, most=4_000_000):
+    "(points, area of a cell) of a grid that holds noisy q; raises ValueError where it would be too fine."
+    tau, tau_p = ((alpha**2 * d.stds**2 + sigma**2).sqrt() for d in (q, p))
+    low, high = (alpha * q.means - 8 * tau).amin(0), (alpha * q.means + 8 * tau).amax(0)
+    narrowest = min(tau.amin().item(), tau_p.amin().item())
+    sizes = (fine * (high - low) / narrowest).ceil().long() + 1
+    if sizes.prod() > most:
+        raise ValueError(f'so little noise needs a grid of {sizes.tolist()} points. '
+                         'Choose more noise (a lower logsnr).')
     axes = [torch.linspace(a, b, n, dtype=torch.float64) for a, b, n in zip(low, high, sizes)]
-    z, cell = torch.cartesian_prod(*axes), math.prod((a[1] - a[0]).item() for a in axes)
+    return torch.cartesian_prod(*axes), math.prod((a[1] - a[0]).item() for a in axes)
+
+def kl_and_fisher(q,                 # a two-dimensional GaussianMixture
+                  p,                 # another
+                  alpha: float,      # scale of the signal, of both
+                  sigma: float,      # scale of the noise, of both
+                  fine: float = 3.,  # grid points per standard deviation of the narrowest component
+                 ) -> tuple:         # (KL(q ‖ p) in nats, Fisher divergence in 1/length²); raises ValueError
+    "Two divergences of noisy data, by quadrature in the plane; Kingma & Gao (49)."
+    if q.dim != 2 or p.dim != 2:
+        raise ValueError(f'the plane has two dimensions, the sets have {q.dim} and {p.dim}.')
+    alpha, sigma = number('alpha', alpha, low=0), number('sigma', sigma, low=0)
+    z, cell = _plane(q, p, alpha, sigma, number('fine', fine, low=1, high=20))
     log_q = q.log_prob_at(z, alpha, sigma)
-    z, log_q = z[log_q > -60], log_q[log_q > -60]
+    z, log_q = z[log_q > -60], log_q[log_q > -60]   # q weighs all: where it is nothing, p does not matter
     mass = log_q.exp() * cell
-    return (mass @ (log_q - p.log_prob_at(z, alpha, sigma))).item(), (mass @ (q.score(z, alpha, sigma) - p.score(z, alpha, sigma)).square().sum(1)).item()
+    log_ratio = log_q - p.log_prob_at(z, alpha, sigma)
+    gap = q.score(z, alpha, sigma) - p.score(z, alpha, sigma)
+    return (mass @ log_ratio).item(), (mass @ gap.square().sum(1)).item()
