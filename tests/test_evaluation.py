@@ -58,7 +58,7 @@ def test_a_wide_range_is_integrated_to_its_ends(low, high):
 
 @pytest.mark.parametrize('schedule', SCHEDULES)
 def test_every_floor_of_a_gaussian_against_the_integral_over_times(schedule):
-    "E_t[factor · error of the best linear prediction], with the errors by hand; a mean over levels if discrete"
+    "E_t[factor · error of the best linear prediction], the errors by hand; a mean over levels if discrete"
     s = SCHEDULES[schedule]()
     if s.steps: t = torch.arange(1, s.steps + 1, dtype=f64) / s.steps
     else: t = s.t(torch.linspace(s.logsnr_max, s.logsnr_min, 20_001, dtype=f64))

@@ -59,8 +59,9 @@ def test_a_stack_gives_values_and_gradients_of_its_networks(m, sizes):
 
 
 def test_a_stack_copies_and_alone_does_not():
-    "what comes in and what `network` gives out are copies; `alone` follows the stack; no random number is drawn"
-    nets, (z, u), state = [seeded(i, 2, 8) for i in range(2)], points(2), torch.get_rng_state()
+    "what comes in and what `network` gives out are copies; `alone` follows the stack; nothing random is drawn"
+    nets, (z, u) = [seeded(i, 2, 8) for i in range(2)], points(2)
+    state = torch.get_rng_state()
     stack = StackedMLP(nets)
     out, alone = stack.network(1), stack.alone(1)
     assert torch.equal(state, torch.get_rng_state())
