@@ -35,13 +35,13 @@ def _floor_of_levels(loss, dataset):
 
 def _grows_without_bound(loss, dataset, low, high):
     "Does the integrand not vanish towards an end at infinity?"
-    s, integrand = loss.schedule, lambda l: floor_per_logsnr(loss, dataset, torch.tensor(l, dtype=torch.float64))
-    return any(math.isinf(end) and integrand(last) > 1e-9 for end, last in ((s.logsnr_max, high), (s.logsnr_min, low)))
+    ends = (loss.schedule.logsnr_max, high), (loss.schedule.logsnr_min, low)
+    return any(math.isinf(end) and floor_per_logsnr(loss, dataset, last) > 1e-9 for end, last in ends)
 
 def floor(loss: DiffusionLoss,  # the loss; its floor is over its schedule's range of λ
           dataset,              # a data set with exact references
           points: int = 8001,   # of Simpson's rule
-         ) -> float:            # mean over dimensions, without the ½; raises NoDensity if the set has no density
+         ) -> float:            # mean over dimensions, without the ½; raises NoDensity without a density
     "The value of the loss at the Bayes-optimal denoiser, by quadrature in float64."
     from scipy.integrate import simpson
     if loss.schedule.steps: return _floor_of_levels(loss, dataset)
@@ -61,7 +61,8 @@ def require_comparable(x: torch.Tensor,  # samples
     "Check that both are sets of samples of one dimension, and not empty."
     same = x.ndim == y.ndim == 2 and x.shape[1] == y.shape[1]
     if same and len(x) and len(y): return
-    raise ValueError(f"expected samples of shape (n, D) and (m, D), not {tuple(x.shape)} and {tuple(y.shape)}.")
+    raise ValueError("expected samples of shape (n, D) and (m, D), "
+                     f"not {tuple(x.shape)} and {tuple(y.shape)}.")
 
 def mean_distance(x: torch.Tensor,  # samples, shape (n, D)
                   y: torch.Tensor,  # other samples, shape (m, D)

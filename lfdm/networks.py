@@ -50,8 +50,9 @@ class StackedMLP(nn.Module):
                 ):
         super().__init__()
         layers = list(zip(*map(_linears, nets)))   # for each layer, that of every network
-        self.weights = nn.ParameterList(torch.stack([m.weight.detach().T for m in layer]) for layer in layers)
-        self.biases = nn.ParameterList(torch.stack([m.bias.detach()[None] for m in layer]) for layer in layers)
+        weights = [torch.stack([m.weight.detach().T for m in layer]) for layer in layers]
+        biases = [torch.stack([m.bias.detach()[None] for m in layer]) for layer in layers]
+        self.weights, self.biases = nn.ParameterList(weights), nn.ParameterList(biases)
 
     def __len__(self): return len(self.weights[0])
 
