@@ -346,7 +346,8 @@ def rough(z, level): return z, torch.sin(1e9 * z * level.logsnr) * 50
 def test_an_adaptive_solver_that_cannot_converge_says_where_and_what_to_do(denoiser, most):
     says = r"did not converge at logsnr -?\d.*rtol and atol.*max_steps.*fixed steps"
     with pytest.raises(RuntimeError, match=says) as e:
-        states(denoiser, steps=1, schedule=SCHEDULES["ve"](-6, 6), sampler=partial(adaptive_step, max_steps=most))
+        step = partial(adaptive_step, max_steps=most)
+        states(denoiser, steps=1, schedule=SCHEDULES["ve"](-6, 6), sampler=step)
     said = str(e.value)
     assert -6.1 < float(said.split("logsnr ")[1].split()[0]) < 6.1 and f"({most})" in said
 
