@@ -9,10 +9,10 @@ batch, times, noise, forward, backward, Adam. Per model-step:
 - smalldiffusion's training loop, fed ready-made batches, so that its data loader costs it next to nothing;
 - a plain PyTorch loop: plain noise error, fused Adam, nothing else;
 - lfdm's `train` for one network, and `train_stack` for several;
-- the same stacks in as many processes as there are threads, one thread each, as `make_grid(workers=...)` does;
+- the same stacks in as many processes as there are threads, one thread each, as `make_grid(workers=...)`;
 - the arithmetic alone: 6 operations per weight and example, at the fastest matrix product of the same round.
 
-The contestants take turns, round by round, so that a machine that slows down slows all of them down. The table
+The contestants take turns, round by round, so that a machine that slows down slows all of them. The table
 has the medians over rounds.
 """
 import platform
@@ -115,12 +115,15 @@ def main():
     limit = statistics.median(limits)
     peer = median["smalldiffusion"]
     row = lambda name, t: f"| {name} | {1e3 * t:.2f} | {peer / t:.2f} | {100 * limit / t:.0f} % |"
-    rows = ["| | ms per model-step | times smalldiffusion | of the arithmetic's speed |", "|---|---:|---:|---:|"]
+    rows = ["| | ms per model-step | times smalldiffusion | of the arithmetic's speed |",
+            "|---|---:|---:|---:|"]
     rows += [row(name, t) for name, t in (median | {"the arithmetic alone": limit}).items()]
     about = (f"Written by `benchmarks/training.py`: 7 layers of width 128, batch {BATCH}, float32, "
-             f"{torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}, {platform.machine()}; "
+             f"{torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}, "
+             f"{platform.machine()}; "
              f"medians of {ROUNDS} rounds of {STEPS} steps, in turns; "
-             f"fastest matrix product {FLOPS / limit / 1e9:.0f} GFLOP/s. Only the ratios mean anything elsewhere.")
+             f"fastest matrix product {FLOPS / limit / 1e9:.0f} GFLOP/s. "
+             "Only the ratios mean anything elsewhere.")
     text = "# Training steps\n\n" + "\n".join(rows) + f"\n\n{about}\n"
     print("\n\n" + text)
     Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
