@@ -11,45 +11,57 @@ import math
 from typing import NamedTuple
 
 import torch
-from .images.fid import require_images
 
-from .core import expand, number, seeded
+from .core import expand, instance, lookup, number, seeded
+from .images.data import dequantization_bits, dequantize, require_images, scaled
 from .losses import require_batch
 from .sampling import choices
-from .schedules import Level
+from .schedules import SCHEDULES, Level, Schedule
 from .score_matching import divergence, probe_vectors, projected_divergence
 from .steps import at_angle, solve, velocity
 
 # %% ../nbs/library/85_likelihood.ipynb #34a10635
-def flow_log_prob(denoiser,        # denoiser(z, level) -> (x̂, ε̂), differentiable in z
-                  x: torch.Tensor, # data, shape (n, ...)
-                  schedule='cosine', # its range of λ is that of the flow; nothing else of it matters
-                  trace: str = 'exact', # 'exact', or a name in DIRECTIONS for Hutchinson's estimate
-                  rtol: float = 1e-5, # relative tolerance of the solver
-                  atol: float = 1e-5, # absolute tolerance of the solver, in units of the data and in nats
-                  seed: int = 0,      # of Hutchinson's directions
+def flow_log_prob(denoiser,           # denoiser(z, level) -> (x̂, ε̂), differentiable in z
+                  x: torch.Tensor,    # data, shape (n, ...)
+                  schedule='cosine',  # its range of λ is that of the flow; nothing else of it matters
+                  trace: str = 'exact',  # 'exact', or a name in DIRECTIONS for Hutchinson's estimate
+                  rtol: float = 1e-5,    # relative tolerance of the solver
+                  atol: float = 1e-5,    # absolute tolerance of the solver, in units of the data and in nats
+                  seed: int = 0,         # of Hutchinson's directions
                   max_steps: int = 2000, # of the solver
-                 ) -> torch.Tensor:   # (n,), in nats; raises ValueError, FloatingPointError or RuntimeError
+                 ) -> torch.Tensor:      # (n,), in nats; raises ValueError or RuntimeError
     "The log density of data under the probability-flow ODE; Kingma & Gao (91)."
     require_batch('x', x)
     _, schedule, _ = choices(denoiser, 1, schedule, 'adaptive')
-    ends = [schedule.level(t) for t in (0., 1.)]
+    clean, noisy = schedule.level(0.), schedule.level(1.)
     u = None if trace == 'exact' else probe_vectors(x, trace, seeded(seed, x.device))
-    def f(phi, state):
+
+    def flow(phi, state):
+        "The velocity and its divergence at an angle."
         level = Level(*(q.to(x) for q in at_angle(phi)))
         field = lambda z: velocity(denoiser, z, level)
-        v, div = divergence(field, state[0]) if u is None else projected_divergence(field, state[0], u)
-        if not v.isfinite().all() or not div.isfinite().all(): raise FloatingPointError(f"the velocity or its divergence stopped being finite at logsnr {level.logsnr:.4g}.")
+        if u is None: v, div = divergence(field, state[0])
+        else: v, div = projected_divergence(field, state[0], u)
+        _require_finite_flow(v, div, level)
         return v, div
-    shrink = (ends[0].alpha / ends[0].scale).item()
-    with torch.no_grad(): z, change = solve(f, (shrink * x, x.new_zeros(len(x))), ends[0].angle, ends[1].angle, rtol, atol, max_steps)
-    return -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1) + change + x[0].numel() * math.log(shrink)
+
+    shrink = (clean.alpha / clean.scale).item()
+    start = shrink * x, x.new_zeros(len(x))
+    with torch.no_grad(): z, change = solve(flow, start, clean.angle, noisy.angle, rtol, atol, max_steps)
+    log_prior = -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
+    return log_prior + change + x[0].numel() * math.log(shrink)
+
+def _require_finite_flow(v, div, level):
+    "Raise FloatingPointError unless velocity and divergence are finite."
+    if v.isfinite().all() and div.isfinite().all(): return
+    raise FloatingPointError('the velocity or its divergence stopped being finite '
+                             f'at logsnr {level.logsnr:.4g}.')
 
 # %% ../nbs/library/85_likelihood.ipynb #24a04e29
-def prior_kl(x: torch.Tensor, # data, shape (n, ...)
-             level: Level,    # the noisy end's
-            ) -> torch.Tensor: # (n,), in nats
-    "KL(q(z given x) ‖ p(z)) with p(z) = N(0, (α²+σ²)I): how much of each example the noisy end still knows; Kingma & Gao (39, 60)."
+def prior_kl(x: torch.Tensor,   # data, shape (n, ...)
+             level: Level,      # the noisy end's
+            ) -> torch.Tensor:  # (n,), in nats
+    "KL(q(z given x) ‖ N(0, (α²+σ²)I)): what the noisy end still knows of x; Kingma & Gao (39, 60)."
     _, alpha, sigma = level = Level(*(torch.as_tensor(q).to(x) for q in level))
     signal, variance = (alpha / level.scale)**2, (sigma / level.scale)**2
     return 0.5 * (signal * x.square().flatten(1).sum(1) - x[0].numel() * (signal + variance.log()))
@@ -57,45 +69,70 @@ def prior_kl(x: torch.Tensor, # data, shape (n, ...)
 # %% ../nbs/library/85_likelihood.ipynb #1bc8a0e4
 class Bound(NamedTuple):
     "The three terms of the NELBO, per example and in nats."
-    prior: torch.Tensor          # how much of the data the noisy end still knows
-    diffusion: torch.Tensor      # what the network does not know
-    reconstruction: torch.Tensor # from the clean end to the data
+    prior: torch.Tensor           # how much of the data the noisy end still knows
+    diffusion: torch.Tensor       # what the network does not know
+    reconstruction: torch.Tensor  # from the clean end to the data
+
     @property
-    def total(self): "The bound on -log p(x), in nats."; return self.prior + self.diffusion + self.reconstruction
+    def total(self):
+        "The bound on -log p(x), in nats."
+        return self.prior + self.diffusion + self.reconstruction
 
 def _drawn_levels(schedule, steps, draws, n, generator):
-    "λ of shape (draws, n), one in each of `draws` equal parts of λ or of T steps, and its weight in ‖ε - ε̂‖²."
-    part = (torch.arange(draws)[:, None] + torch.rand(draws, n, generator=generator, device=generator.device).double().cpu()) / draws
+    "λ of shape (draws, n), one in each of `draws` equal parts of λ or of T steps; its weight in ‖ε - ε̂‖²."
+    within = torch.rand(draws, n, generator=generator, device=generator.device).double().cpu()
+    part = (torch.arange(draws)[:, None] + within) / draws
     low, high = schedule.logsnr_min, schedule.logsnr_max
     if steps is None: return low + (high - low) * part, torch.full_like(part, (high - low) / 2)
-    grid, i = schedule.logsnr(torch.linspace(0, 1, steps + 1, dtype=torch.float64)), (part * steps).long().clamp(max=steps - 1)
+    grid = schedule.logsnr(torch.linspace(0, 1, steps + 1, dtype=torch.float64))
+    i = (part * steps).long().clamp(max=steps - 1)
     return grid[i + 1], steps / 2 * torch.expm1(grid[i] - grid[i + 1])
 
-# %% ../nbs/library/85_likelihood.ipynb #87a52d25
-def nelbo(denoiser,        # denoiser(z, level) -> (x̂, ε̂)
-          x: torch.Tensor, # data, shape (n, ...); best many at once
-          schedule='cosine', # in continuous time only its range of λ matters
-          steps: int = None, # T; default: the schedule's own T levels, if it has them, else continuous time
-          draws: int = 256,  # of level and noise, for each example
-          seed: int = 0,     # of these
-         ) -> Bound:         # of tensors of shape (n,)
-    "An unbiased estimate of the NELBO with its three terms; thesis (3.6), (3.15)-(3.20). Raises ValueError, TypeError or FloatingPointError."
-    require_batch('x', x)
+# %% ../nbs/library/85_likelihood.ipynb #acebf322
+def _checked_range(denoiser, schedule, steps):
+    "(schedule, T): a finite range of λ; T is None in continuous time."
     whole, schedule, _ = choices(denoiser, 1 if steps is None else steps, schedule, 'ancestral')
-    if steps is None and schedule.steps: steps = whole = schedule.steps
-    if not math.isfinite(schedule.logsnr_max - schedule.logsnr_min): raise ValueError(f"the bound needs a finite range of logsnr, not {schedule!r}.")
-    draws, g, dims, square = number('draws', draws, low=1, integer=True), seeded(seed, x.device), x[0].numel(), lambda a: a.square().flatten(1).sum(1)
+    if not math.isfinite(schedule.logsnr_max - schedule.logsnr_min):
+        raise ValueError(f'the bound needs a finite range of logsnr, not {schedule!r}.')
+    return schedule, schedule.steps if steps is None else whole
+
+def _require_finite_error(error, logsnr):
+    "Raise FloatingPointError, with the level, unless the error is finite."
+    if error.isfinite().all(): return
+    worst = logsnr[~error.isfinite()][0]
+    raise FloatingPointError(f'the noise error is not finite at logsnr {worst:.4g}.')
+
+# %% ../nbs/library/85_likelihood.ipynb #87a52d25
+def nelbo(denoiser,           # denoiser(z, level) -> (x̂, ε̂)
+          x: torch.Tensor,    # data, shape (n, ...); best many at once
+          schedule='cosine',  # in continuous time only its range of λ matters
+          steps: int = None,  # T; default: the schedule's own T levels, or else continuous time
+          draws: int = 256,   # of level and noise, for each example
+          seed: int = 0,      # of these
+         ) -> Bound:          # of tensors of shape (n,); raises ValueError, TypeError or FloatingPointError
+    "An unbiased estimate of the NELBO with its three terms; thesis (3.6), (3.15)-(3.20)."
+    require_batch('x', x)
+    schedule, steps = _checked_range(denoiser, schedule, steps)
+    draws, g, dims = number('draws', draws, low=1, integer=True), seeded(seed, x.device), x[0].numel()
+    square = lambda a: a.square().flatten(1).sum(1)
     diffusion = x.new_zeros(len(x))
-    for logsnr, weight in zip(*(q.to(x) for q in _drawn_levels(schedule, steps and whole, draws, len(x), g))):
-        level, eps = Level(logsnr, *schedule.scales(logsnr)), torch.randn(x.shape, generator=g, device=x.device, dtype=x.dtype)
-        with torch.no_grad(): eps_hat = denoiser(expand(level.alpha, x) * x + expand(level.sigma, x) * eps, level)[1]
+    for logsnr, weight in zip(*(q.to(x) for q in _drawn_levels(schedule, steps, draws, len(x), g))):
+        level = Level(logsnr, *schedule.scales(logsnr))
+        eps = torch.randn(x.shape, generator=g, device=x.device, dtype=x.dtype)
+        z = expand(level.alpha, x) * x + expand(level.sigma, x) * eps
+        with torch.no_grad(): _, eps_hat = denoiser(z, level)
         error, size = weight * square(eps - eps_hat), square(eps) - dims
-        if not error.isfinite().all(): raise FloatingPointError(f"the noise error is not finite at logsnr {logsnr[~error.isfinite()][0]:.4g}.")
-        others, product, errors, sizes = max(len(x) - 1, 1), error * size, error.sum() - error, size.sum() - size
-        slope = (product.sum() - product - errors * sizes / others) / (2 * dims * others)   # their covariance over 2D, of the other examples: no bias
-        diffusion += (error - slope * size) / draws
+        _require_finite_error(error, logsnr)
+        diffusion += (error - _slope_of_others(error, size, dims) * size) / draws
     prior = prior_kl(x, schedule.level_at(torch.tensor(schedule.logsnr_min, dtype=torch.float64)))
-    return Bound(prior, diffusion, torch.full_like(prior, dims / 2 * (math.log(2 * math.pi * math.e) - schedule.logsnr_max)))
+    reconstruction = dims / 2 * (math.log(2 * math.pi * math.e) - schedule.logsnr_max)
+    return Bound(prior, diffusion, torch.full_like(prior, reconstruction))
+
+def _slope_of_others(error, size, dims):
+    "The coefficient of the control variate for each example: covariance over 2D, of all the others."
+    others = max(len(error) - 1, 1)
+    product, errors, sizes = error * size, error.sum() - error, size.sum() - size
+    return (product.sum() - product - errors * sizes / others) / (2 * dims * others)
 
 # %% ../nbs/library/85_likelihood.ipynb #ab9d0291
 def bits_per_dim(nats,      # a number or a tensor, of one example
@@ -104,24 +141,14 @@ def bits_per_dim(nats,      # a number or a tensor, of one example
     "Nats of an example as bits per dimension."
     return nats / (number('dims', dims, low=1, integer=True) * math.log(2))
 
-# %% ../nbs/library/85_likelihood.ipynb #e5528dfd
-import math
-from typing import NamedTuple
-
-import torch
-
-from .core import instance, lookup, number, seeded
-from .images.data import dequantization_bits, dequantize, scaled
-from .schedules import SCHEDULES, Level, Schedule
-
 # %% ../nbs/library/85_likelihood.ipynb #c5d3877e
-def discrete_reconstruction(images: torch.Tensor, # b: uint8, shape (n, C, H, W)
-                            levels: int,          # L
-                            level: Level,         # the clean end's
-                            seed: int = 0,        # of the noise
-                            draws: int = 1,       # of it, for each image
-                           ) -> torch.Tensor:     # (n,), in nats; raises TypeError or ValueError
-    "The expected -log p(b given z₀) of the decoder that chooses among the levels, an estimate without bias; Variational Diffusion Models."
+def discrete_reconstruction(images: torch.Tensor,  # b: uint8, shape (n, C, H, W)
+                            levels: int,           # L
+                            level: Level,          # the clean end's
+                            seed: int = 0,         # of the noise
+                            draws: int = 1,        # of it, for each image
+                           ) -> torch.Tensor:      # (n,), in nats; raises TypeError or ValueError
+    "E[-log p(b given z₀)] of the decoder that chooses among L levels; Variational Diffusion Models."
     require_images('images', images, levels)
     draws, g = number('draws', draws, low=1, integer=True), seeded(seed, images.device)
     snr = torch.as_tensor(level.logsnr, dtype=torch.float32).div(2).exp().item()
@@ -129,21 +156,30 @@ def discrete_reconstruction(images: torch.Tensor, # b: uint8, shape (n, C, H, W)
     for _ in range(draws):
         eps = torch.randn(images.shape, generator=g, device=images.device)
         log_sum = torch.full_like(eps, -math.inf)
-        for k in range(levels): log_sum = torch.logaddexp(log_sum, -0.5 * (eps + (b - k) * (2 / levels * snr))**2)
+        for k in range(levels):
+            log_sum = torch.logaddexp(log_sum, -0.5 * (eps + (b - k) * (2 / levels * snr))**2)
         total += (log_sum + 0.5 * eps**2).flatten(1).sum(1) / draws
     return total
 
 # %% ../nbs/library/85_likelihood.ipynb #1725b2b6
 class ImageBound(NamedTuple):
     "The bound on -log₂ P(b) and its terms, per image and in bits per dimension."
-    prior: torch.Tensor          # how much of the image the noisy end still knows
-    diffusion: torch.Tensor      # what the network does not know
-    reconstruction: torch.Tensor # from the clean end to the image
-    offset: float                # from a density to bytes: log₂(levels/2), or 0 with the discrete decoder
+    prior: torch.Tensor           # how much of the image the noisy end still knows
+    diffusion: torch.Tensor       # what the network does not know
+    reconstruction: torch.Tensor  # from the clean end to the image
+    offset: float                 # from a density to bytes: log₂(levels/2), or 0 with the discrete decoder
+
     @property
-    def total(self): "The bound, in bits per dimension."; return self.prior + self.diffusion + self.reconstruction + self.offset
-    def report(self): "Means, and the total with its standard error over the images."; return {k: getattr(self, k).mean().item() for k in ('prior', 'diffusion', 'reconstruction')} | {
-        'offset': self.offset, 'total': self.total.mean().item(), 'se': self.total.std().item() / len(self.total)**0.5 if len(self.total) > 1 else math.nan, 'n': len(self.total)}
+    def total(self):
+        "The bound, in bits per dimension."
+        return self.prior + self.diffusion + self.reconstruction + self.offset
+
+    def report(self):
+        "Means, and the total with its standard error over the images."
+        n = len(self.total)
+        terms = {k: getattr(self, k).mean().item() for k in ('prior', 'diffusion', 'reconstruction')}
+        se = self.total.std().item() / n**0.5 if n > 1 else math.nan
+        return terms | {'offset': self.offset, 'total': self.total.mean().item(), 'se': se, 'n': n}
 
 # %% ../nbs/library/85_likelihood.ipynb #6b37ba52
 DECODERS = ('gaussian', 'discrete')
@@ -152,50 +188,57 @@ def _chunks(images, batch_size):
     "Parts of nearly equal size."
     return images.tensor_split(-(-len(images) // number('batch_size', batch_size, low=1, integer=True)))
 
-def _fresh(g): return torch.randint(2**62, (), generator=g, device=g.device).item()
+def _next_seed(generator):
+    "A seed of its own for the next part."
+    return torch.randint(2**62, (), generator=generator, device=generator.device).item()
 
 # %% ../nbs/library/85_likelihood.ipynb #1fe83b8f
-def image_bound(denoiser,             # denoiser(z, level) -> (x̂, ε̂)
-                images: torch.Tensor, # uint8, shape (n, C, H, W)
-                levels: int = 256,    # L, a pixel's values
-                schedule='cosine',    # its range of λ is the bound's; its steps, if it has them
-                steps: int = None,    # T; default: the schedule's own, if it has them, else continuous time
-                draws: int = 64,      # of level and noise, for each image
-                seed: int = 0,        # of everything random
+def image_bound(denoiser,              # denoiser(z, level) -> (x̂, ε̂)
+                images: torch.Tensor,  # uint8, shape (n, C, H, W)
+                levels: int = 256,     # L, a pixel's values
+                schedule='cosine',     # its range of λ is the bound's; its steps, if it has them
+                steps: int = None,     # T; default: the schedule's own, if it has them, else continuous time
+                draws: int = 64,       # of level and noise, for each image
+                seed: int = 0,         # of everything random
                 batch_size: int = 128, # images at once
-                decoder: str = 'gaussian', # 'gaussian' with dequantization, or 'discrete' without
+                decoder: str = 'gaussian',          # 'gaussian' with dequantization, or 'discrete' without
                 dtype: torch.dtype = torch.float32, # of the images in [-1, 1]
-                progress=None,        # progress(phase, done, total)
-               ) -> ImageBound:       # raises TypeError, ValueError or FloatingPointError
+                progress=None,         # progress(phase, done, total)
+               ) -> ImageBound:        # raises TypeError, ValueError or FloatingPointError
     "The NELBO of images in bits per dimension; thesis (3.6), with the offset of dequantization."
     require_images('images', images, levels)
     lookup(dict.fromkeys(DECODERS), decoder, 'decoder')
-    g, dims, parts = seeded(seed, images.device), images[0].numel(), []
+    gaussian, g, parts = decoder == 'gaussian', seeded(seed, images.device), []
     for batch in _chunks(images, batch_size):
-        x = dequantize(batch, levels, g) if decoder == 'gaussian' else scaled(batch, levels)
-        bound = nelbo(denoiser, x.to(dtype), schedule, steps, draws, _fresh(g))
-        if decoder == 'discrete': bound = bound._replace(reconstruction=discrete_reconstruction(batch, levels, instance(SCHEDULES, schedule, 'schedule', Schedule).level(0.), _fresh(g), draws).to(bound.prior))
+        x = dequantize(batch, levels, g) if gaussian else scaled(batch, levels)
+        bound = nelbo(denoiser, x.to(dtype), schedule, steps, draws, _next_seed(g))
+        if not gaussian:
+            clean = instance(SCHEDULES, schedule, 'schedule', Schedule).level(0.)
+            nats = discrete_reconstruction(batch, levels, clean, _next_seed(g), draws)
+            bound = bound._replace(reconstruction=nats.to(bound.prior))
         parts.append(bound)
         if progress: progress('bound', sum(len(p.prior) for p in parts), len(images))
-    return ImageBound(*(bits_per_dim(torch.cat(q), dims) for q in zip(*parts)), dequantization_bits(levels) if decoder == 'gaussian' else 0.)
+    terms = (bits_per_dim(torch.cat(term), images[0].numel()) for term in zip(*parts))
+    return ImageBound(*terms, dequantization_bits(levels) if gaussian else 0.)
 
 # %% ../nbs/library/85_likelihood.ipynb #59a22bf9
-def flow_bits_per_dim(denoiser,             # denoiser(z, level) -> (x̂, ε̂), differentiable in z
-                      images: torch.Tensor, # uint8, shape (n, C, H, W)
-                      levels: int = 256,    # L, a pixel's values
-                      schedule='cosine',    # its range of λ is the flow's
-                      trace: str = 'sign',  # a name in DIRECTIONS, for Hutchinson's estimate, or 'exact'
-                      rtol: float = 1e-4,   # relative tolerance of the solver
-                      atol: float = 1e-4,   # absolute tolerance of the solver, in units of the images and in nats
-                      seed: int = 0,        # of everything random
+def flow_bits_per_dim(denoiser,              # denoiser(z, level) -> (x̂, ε̂), differentiable in z
+                      images: torch.Tensor,  # uint8, shape (n, C, H, W)
+                      levels: int = 256,     # L, a pixel's values
+                      schedule='cosine',     # its range of λ is the flow's
+                      trace: str = 'sign',   # a name in DIRECTIONS, for Hutchinson's estimate, or 'exact'
+                      rtol: float = 1e-4,    # relative tolerance of the solver
+                      atol: float = 1e-4,    # absolute tolerance, in units of the images and in nats
+                      seed: int = 0,         # of everything random
                       batch_size: int = 128, # images at once
                       dtype: torch.dtype = torch.float32, # of the images in [-1, 1]
-                      progress=None,        # progress(phase, done, total)
-                     ) -> torch.Tensor:     # (n,), in bits per dimension; raises TypeError, ValueError, FloatingPointError or RuntimeError
-    "-log₂ of the flow's density of dequantized images, with the offset: on average a bound on its -log₂ P(b); Kingma & Gao (91)."
+                      progress=None,         # progress(phase, done, total)
+                     ) -> torch.Tensor:      # (n,), bits per dimension; raises as `flow_log_prob`, TypeError
+    "-log₂ of the flow's density of dequantized images, with offset: a bound on average; Kingma & Gao (91)."
     require_images('images', images, levels)
     g, found = seeded(seed, images.device), []
     for batch in _chunks(images, batch_size):
-        found.append(-flow_log_prob(denoiser, dequantize(batch, levels, g).to(dtype), schedule, trace, rtol, atol, _fresh(g)))
+        x = dequantize(batch, levels, g).to(dtype)
+        found.append(-flow_log_prob(denoiser, x, schedule, trace, rtol, atol, _next_seed(g)))
         if progress: progress('flow', sum(map(len, found)), len(images))
     return bits_per_dim(torch.cat(found), images[0].numel()) + dequantization_bits(levels)
