@@ -83,7 +83,7 @@ class ValidationSet:
                 f'{name}_se': (values.std() / len(values)**0.5).item(),
                 f'{name}_per_logsnr': (per_bin / self.width).tolist()}
 
-
+# %% ../nbs/library/65_validation.ipynb #39d93ab0
 def _require_finite_range(schedule):
     "Raise ValueError if λ has no end."
     if not schedule.logsnr_max - schedule.logsnr_min < float('inf'):

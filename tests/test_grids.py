@@ -27,6 +27,9 @@ def test_a_grid_that_cannot_be():
 class Killed(BaseException): pass
 
 
+def same_end(run, other): assert run.summary == other.summary and torch.equal(run.samples, other.samples)
+
+
 def die(phase, done):
     def progress(*a):
         if a[:2] == (phase, done): raise Killed
@@ -35,19 +38,24 @@ def die(phase, done):
 
 @pytest.fixture(scope="module")
 def never_killed(tmp_path_factory):
-    return make_grid(grid(dataset="cluster", target=["x", "eps", "v"], **SMALL), root=tmp_path_factory.mktemp("grid"), stack=2)[0]
+    asked = grid(dataset="cluster", target=["x", "eps", "v"], **SMALL)
+    return make_grid(asked, root=tmp_path_factory.mktemp("grid"), stack=2)[0]
 
 
-@pytest.mark.parametrize("death", [("train", 0), ("train", 1), ("train", 2), ("sample", 2), ("sample", 4), ("stack", 1)], ids=str)
+DEATHS = [("train", 0), ("train", 1), ("train", 2), ("sample", 2), ("sample", 4), ("stack", 1)]
+
+@pytest.mark.parametrize("death", DEATHS, ids=str)
 def test_a_killed_grid_loses_nothing_and_ends_the_same(death, tmp_path, never_killed):
     parameters = list(never_killed)
     with pytest.raises(Killed): make_grid(parameters, root=tmp_path, stack=2, progress=die(*death))
-    finished = {f.name: (f / "params.json").read_bytes() for f in (tmp_path / "train").iterdir() if f.is_dir() and not f.name.startswith(".")}
+    folders = [f for f in (tmp_path / "train").iterdir() if f.is_dir() and not f.name.startswith(".")]
+    finished = {f / "params.json": (f / "params.json").read_bytes() for f in folders}
     runs, diverged = make_grid(parameters, root=tmp_path, stack=2)
     assert not diverged and list(runs) == parameters
     for p, run in runs.items():
-        assert run.summary == never_killed[p].summary and run.metrics == never_killed[p].metrics and torch.equal(run.samples, never_killed[p].samples)
-    for name, record in finished.items(): assert (tmp_path / "train" / name / "params.json").read_bytes() == record   # not made again
+        assert run.metrics == never_killed[p].metrics
+        same_end(run, never_killed[p])
+    for file, record in finished.items(): assert file.read_bytes() == record   # not made again
     assert not [f.name for f in (tmp_path / "train").iterdir() if f.name.startswith(".")]
 
 
@@ -62,7 +70,7 @@ def test_a_grid_killed_between_the_records_of_a_stack_ends_the_same(tmp_path, ne
     monkeypatch.undo()
     before = (folder_of(made[0], root=tmp_path) / "params.json").read_bytes()
     again, _ = make_grid(list(never_killed), root=tmp_path, stack=2)
-    for p, run in again.items(): assert run.summary == never_killed[p].summary and torch.equal(run.samples, never_killed[p].samples)
+    for p, run in again.items(): same_end(run, never_killed[p])
     assert (folder_of(made[0], root=tmp_path) / "params.json").read_bytes() == before   # not made again
 
 
@@ -78,7 +86,8 @@ def test_a_grid_does_not_touch_a_run_another_process_is_making(tmp_path, never_k
     p = list(never_killed)[1]
     folder = folder_of(p, root=tmp_path)
     folder.parent.mkdir()
-    with FileLock(folder.with_name(f".{folder.name}.lock")), pytest.raises(RuntimeError, match="another process is making one of these runs"):
+    says = "another process is making one of these runs"
+    with FileLock(folder.with_name(f".{folder.name}.lock")), pytest.raises(RuntimeError, match=says):
         make_grid(list(never_killed), root=tmp_path)
     assert len(make_grid(list(never_killed), root=tmp_path)[0]) == 3
 
@@ -106,7 +115,8 @@ def test_a_grid_over_the_options_stacks_what_is_alike(tmp_path, monkeypatch):
     assert not diverged and [r.environment["stacked"] for r in runs.values()] == [2] * 6
     for p in asked:
         alone = make_run(p, root=tmp_path / "alone")
-        for a, b in zip(alone.net.parameters(), runs[p].net.parameters(), strict=True): assert (a - b).abs().max() < 1e-3
+        for a, b in zip(alone.net.parameters(), runs[p].net.parameters(), strict=True):
+            assert (a - b).abs().max() < 1e-3
         assert runs[p].metrics[-1]["loss"] == pytest.approx(alone.metrics[-1]["loss"], rel=1e-3)
     assert len({runs[p].metrics[-1]["loss"] for p in asked}) == 6
 
