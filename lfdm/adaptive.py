@@ -8,81 +8,120 @@ __all__ = ['LossHistory', 'AdaptiveSchedule']
 # %% ../nbs/library/14_adaptive.ipynb #65ac2b67
 import torch
 
-from .core import is_symbolic, number
-from .schedules import SCHEDULES, Schedule
+from .core import number
+from .schedules import SCHEDULES, Schedule, require_finite, require_formula
 
 # %% ../nbs/library/14_adaptive.ipynb #b0caad2a
 class LossHistory:
-    "Moving averages of the loss in bins of λ, and the share of the density that each bin gets from them."
-    def _begin(self, low, high):
-        self._edges = torch.linspace(high, low, self.bins + 1, dtype=torch.float64)   # from the clean end, as t runs
-        self._history = torch.full((self.bins,), float('nan'), dtype=torch.float64)   # moving averages; nan: none yet
-        self._spread()
+    "Moving averages of the loss in equal bins of λ, from the clean end, and the share of time each bin gets."
 
-    def _spread(self):
-        "Mass per bin, and the distribution function at the edges."
-        seen = self._history.nan_to_num(self._history.nanmean().item())**(1 / self.moment)
+    def __init__(self,
+                 low: float,      # λ at the noisy end
+                 high: float,     # λ at the clean end
+                 bins: int,       # number of bins
+                 decay: float,    # of the moving averages, at each batch
+                 uniform: float,  # share of the time that all bins get alike
+                 moment: int,     # 1 or 2: which moment of the loss is averaged
+                ):
+        self.bins, self.decay, self.uniform, self.moment = bins, decay, uniform, moment
+        self.edges = torch.linspace(high, low, bins + 1, dtype=torch.float64)
+        self.set(torch.full((bins,), float('nan'), dtype=torch.float64))   # nan: nothing seen yet
+
+    def set(self, averages):
+        "Take over the averages, and share the time among the bins accordingly."
+        self.averages = averages
+        seen = averages.nan_to_num(averages.nanmean().item())**(1 / self.moment)
         share = seen / seen.max() if seen.max() > 0 else torch.ones_like(seen)
         share = share / share.sum()
-        self._mass = (1 - self.uniform) * share + self.uniform / self.bins
-        self._mass /= self._mass.sum()
-        self._cdf = torch.cat([self._mass.new_zeros(1), self._mass.cumsum(0)]); self._cdf[-1] = 1
+        mass = (1 - self.uniform) * share + self.uniform / self.bins
+        self.mass = mass / mass.sum()
+        self.cdf = torch.cat([mass.new_zeros(1), self.mass.cumsum(0)])   # at the edges
+        self.cdf[-1] = 1
 
     def observe(self,
-                logsnr: torch.Tensor, # λ of a batch, shape (n,)
-                value: torch.Tensor,  # w L′ of each example, up to a constant, shape (n,)
+                logsnr: torch.Tensor,  # λ of a batch, shape (n,)
+                value: torch.Tensor,   # w L′ of each example, up to a constant, shape (n,)
                ):
-        "Learn from one batch. Values that are not finite are for the training to report, not to learn from."
-        i, value = self._bin(logsnr.detach().to(self._edges)), value.detach().to(self._edges)**self.moment
-        count = torch.zeros_like(self._history).index_add_(0, i, torch.ones_like(value))
-        mean = torch.zeros_like(self._history).index_add_(0, i, value) / count.clamp(min=1)
+        "Average in one batch; a batch with values that are not finite is left out."
+        i = self.bin(logsnr.detach().to(self.edges))
+        value = value.detach().to(self.edges)**self.moment
+        count = torch.zeros_like(self.averages).index_add_(0, i, torch.ones_like(value))
+        mean = torch.zeros_like(self.averages).index_add_(0, i, value) / count.clamp(min=1)
         if not mean.isfinite().all(): return
-        former = torch.where(self._history.isnan(), mean, self._history)
-        self._history = torch.where(count > 0, self.decay * former + (1 - self.decay) * mean, self._history)
-        self._spread()
+        former = torch.where(self.averages.isnan(), mean, self.averages)
+        moved = self.decay * former + (1 - self.decay) * mean
+        self.set(torch.where(count > 0, moved, self.averages))
 
-    def state(self): "What has been learned, for a checkpoint."; return {'history': self._history.clone()}
-    def load_state(self, state):
-        "Go back to a state; raises ValueError if it is another schedule's."
-        history = state.get('history')
-        if not torch.is_tensor(history) or history.shape != self._history.shape: raise ValueError(f"it does not hold the history of {self!r}")
-        self._history = history.double().clone()
-        self._spread()
+    def bin(self, logsnr):
+        "The bin that λ lies in."
+        from_clean = (self.edges[0] - logsnr) / (self.edges[0] - self.edges[-1])
+        return (from_clean * self.bins).long().clamp(0, self.bins - 1)
 
-    def _bin(self, logsnr): return ((self._edges[0] - logsnr) / (self._edges[0] - self._edges[-1]) * self.bins).long().clamp(0, self.bins - 1)
+    def slope(self, i):
+        "dλ/dt in bin i."
+        return -((self.edges[0] - self.edges[-1]) / self.bins / self.mass)[i]
 
 # %% ../nbs/library/14_adaptive.ipynb #dd057feb
-class AdaptiveSchedule(LossHistory, Schedule):
+class AdaptiveSchedule(Schedule):
     "Variance preserving, p(λ) ∝ E[w L′] as measured so far; Kingma & Gao (92) and appendix F."
     name = 'adaptive'
     learned = True
+
     def __init__(self,
-                 logsnr_min: float = -12.9, # λ at t = 1
-                 logsnr_max: float = 12.9,  # λ at t = 0
-                 bins: int = 100,           # equal bins of λ
-                 decay: float = 0.99,       # of the moving averages, at each step
-                 uniform: float = 0.1,      # share of the density that is uniform in λ
-                 moment: int = 1,           # 1: p ∝ E[w L′]; 2: p ∝ √E[(w L′)²], of least variance
+                 logsnr_min: float = -12.9,  # λ at t = 1
+                 logsnr_max: float = 12.9,   # λ at t = 0
+                 bins: int = 100,            # equal bins of λ
+                 decay: float = 0.99,        # of the moving averages, at each step
+                 uniform: float = 0.1,       # share of the density that is uniform in λ
+                 moment: int = 1,            # 1: p ∝ E[w L′]; 2: p ∝ √E[(w L′)²], of least variance
                 ):
         self.bins = number('bins', bins, low=1, high=1e6, integer=True)
         self.decay = number('decay', decay, low=0, high=1 - 1e-9)
         self.uniform = number('uniform', uniform, low=1e-6, high=1)
         self.moment = number('moment', moment, low=1, high=2, integer=True)
-        low, high = number('logsnr_min', logsnr_min), number('logsnr_max', logsnr_max)
-        if not -float('inf') < low < high < float('inf'): raise ValueError(f"the adaptive schedule needs a finite range of logsnr, not [{logsnr_min!r}, {logsnr_max!r}].")
-        self._begin(low, high)
-        super().__init__(low, high)
+        require_finite(self, logsnr_min, logsnr_max)
+        low, high = float(logsnr_min), float(logsnr_max)
+        self._history = LossHistory(low, high, self.bins, self.decay, self.uniform, self.moment)
+        super().__init__(logsnr_min, logsnr_max)
 
-    def _on(self, i): "The bin's slope dλ/dt, in float64."; return -((self._edges[0] - self._edges[-1]) / self.bins / self._mass)[i]
     def path(self, u):
-        if is_symbolic(u): raise TypeError(f"{self!r} has no formula in t.")
-        v = u.to(self._cdf)
-        i = torch.searchsorted(self._cdf, v.detach(), right=True).sub(1).clamp(0, self.bins - 1)
-        return (self._edges[i] + (v - self._cdf[i]) * self._on(i)).to(u)
+        require_formula(self, u)
+        h = self._history
+        v = u.to(h.cdf)
+        i = torch.searchsorted(h.cdf, v.detach(), right=True).sub(1).clamp(0, h.bins - 1)
+        return (h.edges[i] + (v - h.cdf[i]) * h.slope(i)).to(u)
+
     def inverse(self, logsnr):
-        k = logsnr.to(self._cdf)
-        i = self._bin(k.detach())
-        return (self._cdf[i] + (k - self._edges[i]) / self._on(i)).to(logsnr)
-    def slope(self, logsnr): return self._on(self._bin(logsnr.detach().to(self._cdf))).to(logsnr)
+        h = self._history
+        k = logsnr.to(h.edges)
+        i = h.bin(k.detach())
+        return (h.cdf[i] + (k - h.edges[i]) / h.slope(i)).to(logsnr)
+
+    def slope(self, logsnr):
+        h = self._history
+        return h.slope(h.bin(logsnr.detach().to(h.edges))).to(logsnr)
+
+    def observe(self,
+                logsnr: torch.Tensor,  # λ of a batch, shape (n,)
+                value: torch.Tensor,   # w L′ of each example, up to a constant, shape (n,)
+               ):
+        "Learn from one batch. Values that are not finite are for the training to report, not to learn from."
+        self._history.observe(logsnr, value)
+
+    def state(self):
+        "What has been learned, for a checkpoint."
+        return {'history': self._history.averages.clone()}
+
+    def load_state(self,
+                   state: dict,  # what `state` gave
+                  ):             # raises ValueError if it is another schedule's
+        "Go back to a state."
+        self._history.set(self._checked_history(state).double().clone())
+
+    def _checked_history(self, state):
+        history = state.get('history')
+        if not torch.is_tensor(history) or history.shape != self._history.averages.shape:
+            raise ValueError(f"it does not hold the history of {self!r}")
+        return history
 
 SCHEDULES['adaptive'] = AdaptiveSchedule

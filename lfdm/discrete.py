@@ -10,95 +10,153 @@ import math
 
 import torch
 
-from .core import as_number, instance, is_symbolic, lookup, number, spec
-from .schedules import SCHEDULES, Level, Schedule
+from .core import as_number, instance, lookup, number, spec
+from .schedules import SCHEDULES, Level, Schedule, require_formula
+
+# %% ../nbs/library/12_discrete.ipynb #11863ce5
+def _require_falling(name, levels):
+    "Raise ValueError unless λ_0 > λ_1 > ... > λ_T."
+    if not (levels.diff() < 0).all():
+        raise ValueError(f"the {len(levels) - 1} levels of {name!r} do not fall: {levels}.")
+
+def _require_path(schedule):
+    "Raise ValueError if a schedule has levels of its own already."
+    if schedule.steps or schedule.learned:
+        raise ValueError(f"a schedule with levels of its own cannot be seen at T times: {schedule!r}. "
+                         "Choose one with a path.")
+
+def _require_ends(schedule):
+    "Raise ValueError if an end of the range is infinite."
+    if not math.isfinite(schedule.logsnr_max - schedule.logsnr_min):
+        raise ValueError(f"T levels need a finite range of logsnr, not {schedule!r}.")
+
+def _require_first(logsnr_max, first):
+    "Raise ValueError unless λ_0 lies above λ_1."
+    if number('logsnr_max', logsnr_max) <= first:
+        raise ValueError(f"logsnr_max must be above the first level of the chain, {first:.6g}, "
+                         f"not {logsnr_max!r}.")
+
+def _require_last(logsnr_min, last):
+    "Raise ValueError if λ_T is asked to be another than it is."
+    if logsnr_min is not None and abs(number('logsnr_min', logsnr_min) - last) > 1e-6 * abs(last):
+        raise ValueError(f"the ddpm schedule ends at logsnr {last:.6g}, given by T and beta; "
+                         f"it cannot end at {logsnr_min!r}.")
 
 # %% ../nbs/library/12_discrete.ipynb #0199fdd0
 class Staircase(Schedule):
-    "T levels λ_1 > ... > λ_T, and λ_0 where sampling ends; differences of SNRs where others have λ′. Subclasses set T and call `_set`."
-    def _set(self, levels):
-        "λ_0 > λ_1 > ... > λ_T."
-        if not (levels.diff() < 0).all(): raise ValueError(f"the {self.T} levels of {self.name!r} do not fall: {levels}.")
-        self.logsnr_max, self.logsnr_min, self._levels = levels[0].item(), levels[-1].item(), levels
+    "T levels λ_1 > ... > λ_T, and λ_0 where sampling ends; differences of SNRs where others have λ′."
+
+    def __init__(self, levels):  # λ_0 > λ_1 > ... > λ_T, float64; raises ValueError
+        _require_falling(self.name, levels)
+        self._levels = levels
+        self.logsnr_max = levels[0].item()   # a staircase's repr names λ_0 first
+        super().__init__(levels[-1].item(), levels[0].item())
+        self._t0, self._t1 = 0., 1.          # it is not cut
+
     @property
-    def steps(self): "T."; return self.T
-    def _level(self, like): return self._levels.to(like)
+    def steps(self):
+        "T."
+        return len(self._levels) - 1
 
-    def _i(self, logsnr):
-        "The i with λ_i ≤ λ < λ_{i-1}, 1 to T; a level itself is found in spite of rounding."
-        near = logsnr + 4 * torch.finfo(logsnr.dtype).eps * logsnr.abs().clamp(min=1)
-        return (self.T + 1 - torch.searchsorted(self._level(logsnr).flip(0), near.detach(), right=True)).clamp(1, self.T)
-    def index(self, t):
-        "i = ⌈tT⌉, from 0 at t = 0 to T; i/T is found in spite of rounding."
-        t = as_number(t)
-        n = t.to(torch.promote_types(t.dtype, torch.float32)) * self.T
-        return torch.where((n - n.round()).abs() <= 4 * torch.finfo(t.dtype).eps * n, n.round(), n.ceil()).long().clamp(0, self.T)
-    def before(self, logsnr):
-        "λ_{i-1}, the next cleaner level."
-        return self._level(logsnr)[self._i(logsnr) - 1]
-    def jump(self, logsnr):
-        "λ_{i-1} - λ_i, with the digits of float64."
-        return -self._levels.diff().to(logsnr)[self._i(logsnr) - 1]
+    # the path: λ_i at u in ((i-1)/T, i/T], λ_0 at 0
+    def path(self, u):
+        require_formula(self, u)
+        return self._levels.to(u)[self.index(u)]
 
-    def logsnr(self, t):
-        "λ_i at t in ((i-1)/T, i/T], λ_0 at 0."
-        if is_symbolic(t): raise TypeError(f"{self!r} has no formula in t.")
-        t = as_number(t)
-        return self._level(t)[self.index(t)]
-    def level(self, t): return Level(logsnr := self.logsnr(t), *self.scales(logsnr))   # λ_0 at t = 0, which is in no cell
-    def level_at(self, logsnr):
-        "The level of the chain whose cell λ lies in: the next noisier one."
-        return super().level_at(self._level(logsnr)[self._i(logsnr)])
-    def dlogsnr_at(self, logsnr):
-        "What stands where others have λ′: -T expm1(λ_{i-1} - λ_i)."
-        return -self.T * torch.expm1(-self._levels.diff()).to(logsnr)[self._i(logsnr) - 1]
-    def t(self, logsnr):
+    def inverse(self, logsnr):
         "The time i/T of the cell that λ lies in."
-        logsnr = as_number(logsnr)
-        return self._i(logsnr).to(logsnr) / self.T
+        return self.cell(logsnr).to(logsnr) / self.steps
+
+    def slope(self, logsnr):
+        "In place of λ′: -T expm1(λ_{i-1} - λ_i)."
+        return -self.steps * self._of_cell(torch.expm1(-self._levels.diff()), logsnr)
+
     def density(self, logsnr):
         "p(λ) of the staircase's cells, 1/T(λ_{i-1} - λ_i) inside the range and 0 outside."
         logsnr = as_number(logsnr)
-        p = (-1 / (self.T * self._levels.diff())).to(logsnr)[self._i(logsnr) - 1]
-        return torch.where((logsnr < self.logsnr_min) | (logsnr > self.logsnr_max), torch.zeros_like(p), p)
+        return self._inside(logsnr, self._of_cell(-1 / (self.steps * self._levels.diff()), logsnr))
+
+    # its steps
+    def index(self, t):
+        "i = ⌈tT⌉, from 0 at t = 0 to T; i/T is found in spite of rounding."
+        t = as_number(t)
+        n = t.to(torch.promote_types(t.dtype, torch.float32)) * self.steps
+        whole = (n - n.round()).abs() <= 4 * torch.finfo(t.dtype).eps * n
+        return torch.where(whole, n.round(), n.ceil()).long().clamp(0, self.steps)
+
+    def cell(self, logsnr):
+        "The i with λ_i ≤ λ < λ_{i-1}, 1 to T; a level itself is found in spite of rounding."
+        near = logsnr + 4 * torch.finfo(logsnr.dtype).eps * logsnr.abs().clamp(min=1)
+        above = torch.searchsorted(self._levels.to(logsnr).flip(0), near.detach(), right=True)
+        return (self.steps + 1 - above).clamp(1, self.steps)
+
+    def before(self, logsnr):
+        "λ_{i-1}, the next cleaner level."
+        return self._of_cell(self._levels, logsnr)
+
+    def jump(self, logsnr):
+        "λ_{i-1} - λ_i, with the digits of float64."
+        return self._of_cell(-self._levels.diff(), logsnr)
+
+    def _of_cell(self, values, logsnr): return values.to(logsnr)[self.cell(logsnr) - 1]
+
+    # with the scales
+    def level(self, t):
+        "The noise level at time t; at t = 0 it is λ_0, which is in no cell."
+        logsnr = self.logsnr(t)
+        return Level(logsnr, *self.scales(logsnr))
+
+    def level_at(self, logsnr):
+        "The level of the chain whose cell λ lies in: the next noisier one."
+        return super().level_at(self._levels.to(logsnr)[self.cell(logsnr)])
 
 # %% ../nbs/library/12_discrete.ipynb #6a337e24
+def _with_ends(schedule, **ends):
+    "The same schedule over another range."
+    options = {k: v for k, v in vars(schedule).items() if k[0] != '_'}
+    return type(schedule)(**options | ends) if ends else schedule
+
 class DiscreteSchedule(Staircase):
     "Any schedule seen at T times i/T; thesis (3.17)-(3.19)."
     name = 'discrete'
+
     def __init__(self,
-                 logsnr_min: float = None, # λ at t = 1; default: the schedule's own
-                 logsnr_max: float = None, # λ at t = 0; default: the schedule's own
-                 schedule='cosine',        # what is seen: name, with options if any; its range is cut as asked
-                 T: int = 1000,            # number of levels
+                 logsnr_min: float = None,  # λ at t = 1; default: the schedule's own
+                 logsnr_max: float = None,  # λ at t = 0; default: the schedule's own
+                 schedule='cosine',         # what is seen: name, with options if any, cut to the range
+                 T: int = 1000,             # number of levels
                 ):
         self.T = number('T', T, low=1, high=10**6, integer=True)
-        given = {k: v for k, v in (('logsnr_min', logsnr_min), ('logsnr_max', logsnr_max)) if v is not None}
-        inner = instance(SCHEDULES, schedule, 'schedule', Schedule)
-        self.schedule = schedule if isinstance(schedule, str) else spec(inner)
-        if inner.steps or inner.learned: raise ValueError(f"a schedule with levels of its own cannot be seen at T times: {inner!r}. Choose one with a path.")
-        if given: inner = type(inner)(**{k: v for k, v in vars(inner).items() if k[0] != '_'} | given)
-        if not math.isfinite(inner.logsnr_max - inner.logsnr_min): raise ValueError(f"T levels need a finite range of logsnr, not {inner!r}.")
-        self._inner = inner
-        self._set(inner.logsnr(torch.linspace(0, 1, self.T + 1, dtype=torch.float64)))
-    def scales(self, logsnr): return self._inner.scales(logsnr)
+        path = instance(SCHEDULES, schedule, 'schedule', Schedule)
+        self.schedule = schedule if isinstance(schedule, str) else spec(path)
+        _require_path(path)
+        ends = dict(logsnr_min=logsnr_min, logsnr_max=logsnr_max)
+        self._seen = _with_ends(path, **{k: v for k, v in ends.items() if v is not None})
+        _require_ends(self._seen)
+        super().__init__(self._seen.logsnr(torch.linspace(0, 1, self.T + 1, dtype=torch.float64)))
+
+    @property
+    def scales(self):
+        "Those of the schedule that is seen."
+        return self._seen.scales
 
 SCHEDULES['discrete'] = DiscreteSchedule
 
 # %% ../nbs/library/12_discrete.ipynb #3f97ed23
+def _from_curve(alpha_bar, T):
+    "The β of a curve ᾱ(t), none above 0.999; improved DDPM, eq. 17."
+    a = alpha_bar(torch.arange(T + 1, dtype=torch.float64) / T)
+    return (1 - a[1:] / a[:-1]).clamp(max=0.999)
+
 BETAS = {   # (β_min, β_max, T) -> β_1 ... β_T; those from a curve of ᾱ use neither β
     'linear': lambda low, high, T: torch.linspace(low, high, T, dtype=torch.float64),
     'scaled_linear': lambda low, high, T: torch.linspace(low**0.5, high**0.5, T, dtype=torch.float64)**2,
     'cosine': lambda low, high, T: _from_curve(lambda t: torch.cos((t + 0.008) / 1.008 * math.pi / 2)**2, T)}
 
-def _from_curve(alpha_bar, T):
-    "The steps of a curve ᾱ(t), none above 0.999; improved DDPM, eq. 17."
-    a = alpha_bar(torch.arange(T + 1, dtype=torch.float64) / T)
-    return (1 - a[1:] / a[:-1]).clamp(max=0.999)
-
 class DDPMSchedule(Staircase):
     "DDPM's chain: β_i linear in i, ᾱ_i = Π(1 - β_j); training-objective document, Ho et al. (2020)."
     name = 'ddpm'
+
     def __init__(self,
                  logsnr_min: float = None,  # λ_T follows from T and β; if given, it must be that
                  logsnr_max: float = 12.9,  # λ_0, where sampling ends; inf: the data themselves
@@ -114,11 +172,14 @@ class DDPMSchedule(Staircase):
         lookup(BETAS, beta, 'beta')
         log_alpha_bar = torch.log1p(-self.betas).cumsum(0)
         levels = log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))
-        if number('logsnr_max', logsnr_max) <= levels[0]: raise ValueError(f"logsnr_max must be above the first level of the chain, {levels[0]:.6g}, not {logsnr_max!r}.")
-        if logsnr_min is not None and abs(number('logsnr_min', logsnr_min) - levels[-1]) > 1e-6 * abs(levels[-1]):
-            raise ValueError(f"the ddpm schedule ends at logsnr {levels[-1]:.6g}, given by T and beta; it cannot end at {logsnr_min!r}.")
-        self._set(torch.cat([torch.tensor([float(logsnr_max)], dtype=torch.float64), levels]))
+        _require_first(logsnr_max, levels[0])
+        _require_last(logsnr_min, levels[-1])
+        clean = torch.tensor([float(logsnr_max)], dtype=torch.float64)
+        super().__init__(torch.cat([clean, levels]))
+
     @property
-    def betas(self): "β_1 to β_T, float64."; return BETAS[self.beta](self.beta_min, self.beta_max, self.T)
+    def betas(self):
+        "β_1 to β_T, float64."
+        return BETAS[self.beta](self.beta_min, self.beta_max, self.T)
 
 SCHEDULES['ddpm'] = DDPMSchedule

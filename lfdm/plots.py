@@ -355,6 +355,6 @@ def plot_image_samples(run,                # a finished run on images
     p = run.parameters
     title = f'{p.target}, {p.weighting}: {p.sampler}, {p.sample_steps} steps'
     fig, axes = plt.subplots(1, 2, figsize=(8, 4.2))
-    show_images(axes[0], p.data.train()[:n], columns, p.levels, 'data')
+    show_images(axes[0], run.dataset.train()[:n], columns, p.levels, 'data')
     show_images(axes[1], run.samples[:n], columns, p.levels, title)
     return fig

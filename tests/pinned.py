@@ -1,6 +1,7 @@
 """What no change of structure may change: names, reprs, first points, and small runs, bit for bit.
 
-`python tests/pinned.py` writes the folder pinned/ anew. Do so only with a new RESULTS_VERSION, or to add entries.
+`python tests/pinned.py` writes the folder pinned/ anew.
+Do so only with a new RESULTS_VERSION, or to add entries.
 """
 import inspect
 import json
@@ -16,10 +17,12 @@ FOLDER = Path(__file__).parent / "pinned"
 
 # Of each option another value than its default. Numbers that `:g` cannot hold are among them.
 OPTIONS = dict(
-    schedule=dict(logsnr_min=-7.25, logsnr_max=8.123456789, shift=0.1 + 0.2, beta_min=2e-4, beta_max=25., mean=1.7, std=2.1, rho=5.5, m=0.3, s=1.1,
-                  bins=50, decay=0.95, uniform=0.2, moment=2, schedule="linear", T=500, beta="cosine"),
+    schedule=dict(logsnr_min=-7.25, logsnr_max=8.123456789, shift=0.1 + 0.2, beta_min=2e-4, beta_max=25.,
+                  mean=1.7, std=2.1, rho=5.5, m=0.3, s=1.1, bins=50,
+                  decay=0.95, uniform=0.2, moment=2, schedule="linear", T=500, beta="cosine"),
     target=dict(sigma_data=0.7123456789),
-    weighting=dict(gamma=3.3, k=1.5, variance="posterior", mean=1.9, std=2.2, sigma_data=0.4, schedule="linear", target="v", weighting="snr"))
+    weighting=dict(gamma=3.3, k=1.5, variance="posterior", mean=1.9, std=2.2, sigma_data=0.4,
+                   schedule="linear", target="v", weighting="snr"))
 REFUSED = "refused"
 
 
@@ -34,38 +37,48 @@ def choices(kind, registry):
     for name, cls in registry.items():
         yield name
         for option in inspect.signature(cls).parameters:
-            if option in OPTIONS[kind]: yield spelled(name, **{option: OPTIONS[kind][option] if (name, option) != ("ddpm", "beta_max") else 0.03})
+            if option not in OPTIONS[kind]: continue
+            value = 0.03 if (name, option) == ("ddpm", "beta_max") else OPTIONS[kind][option]
+            yield spelled(name, **{option: value})
 
 
 def names():
     "What every entry is called: its repr, its spelling, and the names of both kinds of runs that choose it."
-    import lfdm.runs as runs
     from lfdm.core import from_spec
+    from lfdm.parameters import Parameters
     from lfdm.schedules import SCHEDULES
     from lfdm.steps import SAMPLERS
     from lfdm.targets import TARGETS
+    from lfdm.tasks import kind_of
     from lfdm.weightings import WEIGHTINGS
-    images = runs.kind_of("images")
+    images = kind_of("images")
     of_images = dict(dataset="cifar10", content="3x32x32, 256 values, 3d019220")
 
     def run(kind, **given):
         "A run's name, its loss, and its choices as they are recorded."
         try: p = kind(**given)
         except (ValueError, TypeError): return REFUSED
-        return dict(slug=p.slug(), loss=repr(p.loss()), target=p.target, weighting=p.weighting, schedule=p.schedule, ends=[p.logsnr_min, p.logsnr_max])
+        return dict(slug=p.slug(), loss=repr(p.loss()), target=p.target, weighting=p.weighting,
+                    schedule=p.schedule, ends=[p.logsnr_min, p.logsnr_max])
 
     found = {}
     for kind, registry in dict(schedule=SCHEDULES, target=TARGETS, weighting=WEIGHTINGS).items():
         for choice in choices(kind, registry):
             try: made = repr(from_spec(registry, choice, kind))
             except ValueError: made = REFUSED
-            beside = dict(weighting="nelbo") if "adaptive" in choice else {}
-            found[f"{kind} {choice}"] = dict(repr=made, points=run(runs.Parameters, **{kind: choice} | beside), images=run(images, **of_images | {kind: choice} | beside))
-    for dataset in ("cluster", "ring", "swiss", "waves"): found[f"dataset {dataset}"] = run(runs.Parameters, dataset=dataset)
-    for sampler in SAMPLERS: found[f"sampler {sampler}"] = run(runs.Parameters, sampler=sampler)
-    for field, value in dict(seed=3, width=64, epochs=7, batch_size=100, lr=3e-4, sample_steps=9, n_samples=11, ema=0.99, clip=2.5, warmup=10, logsnr_max=10.1).items():
-        found[f"points {field}={value}"] = run(runs.Parameters, **{field: value})
-    for field, value in dict(seed=3, network="small(width=24)", epochs=7, ema=None, clip=None, flip=True, precision="bf16", judged=10, path="elsewhere", logsnr_min=-9.9).items():
+            given = {kind: choice} | (dict(weighting="nelbo") if "adaptive" in choice else {})
+            found[f"{kind} {choice}"] = dict(repr=made, points=run(Parameters, **given),
+                                             images=run(images, **of_images | given))
+    for dataset in ("cluster", "ring", "swiss", "waves"):
+        found[f"dataset {dataset}"] = run(Parameters, dataset=dataset)
+    for sampler in SAMPLERS: found[f"sampler {sampler}"] = run(Parameters, sampler=sampler)
+    of_points = dict(seed=3, width=64, epochs=7, batch_size=100, lr=3e-4, sample_steps=9, n_samples=11,
+                     ema=0.99, clip=2.5, warmup=10, logsnr_max=10.1)
+    for field, value in of_points.items():
+        found[f"points {field}={value}"] = run(Parameters, **{field: value})
+    others = dict(seed=3, network="small(width=24)", epochs=7, ema=None, clip=None, flip=True,
+                  precision="bf16", judged=10, path="elsewhere", logsnr_min=-9.9)
+    for field, value in others.items():
         found[f"images {field}={value}"] = run(images, **of_images | {field: value})
     found["images digits"], found["images templates"] = run(images), run(images, dataset="templates")
     return found
@@ -74,36 +87,44 @@ def names():
 def points():
     "The first five points of every data set, each split, two seeds; and what identifies the sets of images."
     from lfdm.data import DATASETS
-    from lfdm.parameters import kind_of
+    from lfdm.tasks import kind_of
     images = kind_of("images")
     found = {f"{name} {split} {seed}": cls().sample(5, seed, split, torch.float64).tolist()
              for name, cls in DATASETS.items() for split in ("train", "test") for seed in (0, 1)}
     return found | {name: images(dataset=name).content for name in ("digits", "templates")}
 
 
-def small(runs):
+def small():
     "One small run of each kind, and one stack of three, one of which moves its schedule."
+    from lfdm.parameters import Parameters
+    from lfdm.tasks import kind_of
     few = dict(width=8, epochs=2, batch_size=5000, sample_steps=8, n_samples=50)
-    images = runs.kind_of("images")
-    return dict(one=[runs.Parameters(target="v", weighting="sigmoid(k=3)", ema=0.9, clip=1., warmup=3, sampler="ddim", **few)],
-                images=[images(network="small(width=4)", epochs=1, batch_size=300, sample_steps=4, n_samples=10, judged=20)],
-                stack=[runs.Parameters("swiss", "eps", "nelbo", seed=1, **few), runs.Parameters("cluster", "x", "weighted", seed=2, **few),
-                       runs.Parameters("ring", "F", "sigmoid", "adaptive", seed=3, **few)])
+    images = kind_of("images")
+    optional = dict(ema=0.9, clip=1., warmup=3, sampler="ddim")
+    return dict(
+        one=[Parameters(target="v", weighting="sigmoid(k=3)", **optional, **few)],
+        images=[images(network="small(width=4)", epochs=1, batch_size=300, sample_steps=4, n_samples=10,
+                       judged=20)],
+        stack=[Parameters("swiss", "eps", "nelbo", seed=1, **few),
+               Parameters("cluster", "x", "weighted", seed=2, **few),
+               Parameters("ring", "F", "sigmoid", "adaptive", seed=3, **few)])
 
 
 def make(root):
     "Make these runs; their folders by the kind."
-    import lfdm.runs as runs
+    from lfdm.grids import make_grid
+    from lfdm.runs import folder_of, make_run
     torch.set_num_threads(1)
-    wanted = small(runs)
-    for kind in ("one", "images"): runs.make_run(wanted[kind][0], kind, root)
-    runs.make_grid(wanted["stack"], "stack", root, stack=3)
-    return [runs.folder_of(p, kind, root) for kind, parameters in wanted.items() for p in parameters]
+    wanted = small()
+    for kind in ("one", "images"): make_run(wanted[kind][0], kind, root)
+    make_grid(wanted["stack"], "stack", root, stack=3)
+    return [folder_of(p, kind, root) for kind, parameters in wanted.items() for p in parameters]
 
 
 def machine():
     "What bits depend on."
-    return dict(torch=torch.__version__, python=platform.python_version(), capability=torch.backends.cpu.get_cpu_capability(), processor=platform.machine())
+    return dict(torch=torch.__version__, python=platform.python_version(),
+                capability=torch.backends.cpu.get_cpu_capability(), processor=platform.machine())
 
 
 def main():

@@ -102,20 +102,22 @@ def test_notebook_form(notebook):
     assert not errors, f"stored error: {errors[0]['ename']}: {errors[0]['evalue']}"
     size = notebook.stat().st_size
     assert size <= 1_500_000, f"{size:,} bytes: make the stored figures smaller"
-    for source, _ in code:
+    sources = [re.sub(r"^#\|.*\n", "", source, flags=re.M) for source, _ in code]
+    for source in sources:
         lines, most = (150, 9000) if whole_class(source) else (60, 4000)
         n = len(source.splitlines())
         assert n <= lines and len(source) <= most, f"{n} lines, {len(source)} characters: {source[:80]!r}"
-    lengths = [(len(source.splitlines()), len(source)) for source, _ in code] or [(0, 0)]
+    lengths = [(len(source.splitlines()), len(source)) for source in sources] or [(0, 0)]
     lines, characters = map(statistics.median, zip(*lengths))
-    assert lines <= 10 and characters <= 600, f"the median cell has {lines} lines, {characters} characters"
+    assert lines <= 16 and characters <= 600, f"the median cell has {lines} lines, {characters} characters"
 
 
 def whole_class(source):
-    "Does a cell hold one class and nothing else?"
+    "Does a cell hold one class, and at most the lines that put it into a registry?"
     try: body = ast.parse(source).body
     except SyntaxError: return False  # a magic
-    return len(body) == 1 and isinstance(body[0], ast.ClassDef)
+    rest = [node for node in body if not isinstance(node, ast.ClassDef)]
+    return len(body) - len(rest) == 1 and len(rest) <= 2 and all(isinstance(node, ast.Assign) for node in rest)
 
 
 @pytest.mark.parametrize("notebook", LIBRARY, ids=name)
