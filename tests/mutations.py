@@ -92,7 +92,7 @@ def tests_of(module):
     return [f"tests/test_{name}.py" for name in MORE.get(module, [module.split(".")[-1]])]
 
 
-MORE = dict(adaptive=["schedules", "training"], discrete=["schedules"], networks=["training", "stack"], studies=["studies_record"], runs=["runs", "stack"])
+MORE = dict(adaptive=["adaptive", "training"], networks=["training", "stack"], studies=["studies_record"], runs=["runs", "stack"])
 MORE["images.data"] = MORE["images.templates"] = ["images"]
 
 
