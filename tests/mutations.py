@@ -112,8 +112,18 @@ def run(only=None):
         if only is None: print(f"{count} of {len(chosen)} caught")
 
 
+<<<<<<< HEAD
 MORE = {   # module -> its tests, where they are not named after it
 }
+=======
+def tests_of(module):
+    "The tests of a module."
+    return [f"tests/test_{name}.py" for name in MORE.get(module, [module.split(".")[-1]])]
+
+
+MORE = dict(adaptive=["adaptive", "training"], networks=["training", "stack"], studies=["studies_record"], runs=["runs", "stack"])
+MORE["images.data"] = MORE["images.templates"] = ["images"]
+>>>>>>> part/sched
 
 
 if __name__ == "__main__":
