@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ATTENTION', 'UNETS', 'time_embedding', 'TimeEmbedding', 'ResBlock', 'AttentionBlock', 'DownBlock', 'MidBlock',
-           'UpBlock', 'check_size', 'UNet', 'unet']
+           'UpBlock', 'require_size', 'UNet', 'unet']
 
 # %% ../../nbs/library/61_unet.ipynb #7824a51c
 import math
@@ -45,7 +45,9 @@ class TimeEmbedding(nn.Module):
 # %% ../../nbs/library/61_unet.ipynb #0b6f1c6b
 def _norm(channels):
     "Group norm: at most 32 groups of at least four channels."
-    return nn.GroupNorm(max(g for g in range(1, min(32, max(1, channels // 4)) + 1) if channels % g == 0), channels)
+    most = min(32, max(1, channels // 4))
+    groups = max(g for g in range(1, most + 1) if channels % g == 0)
+    return nn.GroupNorm(groups, channels)
 
 def _zero(layer):
     "A layer that starts at zero."
@@ -56,15 +58,16 @@ def _zero(layer):
 class ResBlock(nn.Module):
     "Two convolutions with the time between them, and the input added; thesis figure 4.6."
     def __init__(self,
-                 inputs: int,  # channels of x
-                 outputs: int, # channels of the result
-                 time: int,    # dimension of the time embedding
+                 inputs: int,         # channels of x
+                 outputs: int,        # channels of the result
+                 time: int,           # dimension of the time embedding
                  dropout: float = 0., # before the second convolution
                 ):
         super().__init__()
         self.first = nn.Sequential(_norm(inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1))
         self.time = nn.Sequential(nn.SiLU(), nn.Linear(time, outputs))
-        self.second = nn.Sequential(_norm(outputs), nn.SiLU(), nn.Dropout(dropout), _zero(nn.Conv2d(outputs, outputs, 3, padding=1)))
+        self.second = nn.Sequential(_norm(outputs), nn.SiLU(), nn.Dropout(dropout),
+                                    _zero(nn.Conv2d(outputs, outputs, 3, padding=1)))
         self.residual = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
     def forward(self,
@@ -76,6 +79,12 @@ class ResBlock(nn.Module):
         return self.residual(x) + self.second(h)
 
 # %% ../../nbs/library/61_unet.ipynb #d405d5f5
+def _require_divisible(channels, heads):
+    "Check that heads divide channels."
+    if channels % heads:
+        raise ValueError(f"{heads} heads do not divide {channels} channels. "
+                         "Choose other heads or another width.")
+
 class AttentionBlock(nn.Module):
     "Group norm and self-attention over the pixels, and the input added; thesis figure 4.6."
     def __init__(self,
@@ -83,25 +92,31 @@ class AttentionBlock(nn.Module):
                  heads: int = 1, # must divide the channels
                 ):
         super().__init__()
-        if channels % heads: raise ValueError(f"{heads} heads do not divide {channels} channels. Choose other heads or another width.")
+        _require_divisible(channels, heads)
         self.heads = heads
-        self.norm, self.qkv, self.out = _norm(channels), nn.Linear(channels, 3 * channels), _zero(nn.Linear(channels, channels))
+        self.norm = _norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.out = _zero(nn.Linear(channels, channels))
 
     def forward(self,
                 x: torch.Tensor,           # (n, channels, H, W)
                 time: torch.Tensor = None, # not used: all layers are called alike
                ) -> torch.Tensor:          # x's shape
         "x plus what its pixels tell each other."
-        pixels = self.norm(x).flatten(2).transpose(1, 2)                                                  # (n, HW, channels)
-        q, k, v = self.qkv(pixels).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)               # (n, heads, HW, d) each
+        pixels = self.norm(x).flatten(2).transpose(1, 2)          # (n, HW, channels)
+        qkv = self.qkv(pixels).unflatten(2, (3, self.heads, -1))  # (n, HW, 3, heads, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                      # (n, heads, HW, d) each
         seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return x + self.out(seen).transpose(1, 2).unflatten(2, x.shape[2:])
 
 # %% ../../nbs/library/61_unet.ipynb #501dda66
 def _layers(inputs, outputs, attention, time, layers, heads, dropout):
     "Resnet layers: each a resnet block, and an attention block where wanted."
-    layer = lambda i: [ResBlock(outputs if i else inputs, outputs, time, dropout)] + ([AttentionBlock(outputs, heads)] if attention else [])
-    return nn.ModuleList(block for i in range(layers) for block in layer(i))
+    blocks = nn.ModuleList()
+    for i in range(layers):
+        blocks.append(ResBlock(outputs if i else inputs, outputs, time, dropout))
+        if attention: blocks.append(AttentionBlock(outputs, heads))
+    return blocks
 
 class DownBlock(nn.Module):
     "Resnet layers, then half the resolution; thesis figure 4.7."
@@ -130,12 +145,16 @@ class MidBlock(nn.Module):
     def __init__(self,
                  channels: int,   # of x and of the result
                  attention: bool, # with attention blocks?
-                 **options,       # time, layers, heads, dropout
+                 time: int,       # dimension of the time embedding
+                 layers: int,     # after the first resnet block
+                 heads: int,      # of attention
+                 dropout: float,  # in the resnet blocks
                 ):
         super().__init__()
-        first = ResBlock(channels, channels, options['time'], options['dropout'])
-        rest = [[AttentionBlock(channels, options['heads'])] * attention + [ResBlock(channels, channels, options['time'], options['dropout'])] for _ in range(options['layers'])]
-        self.layers = nn.ModuleList([first] + sum(rest, []))
+        self.layers = nn.ModuleList([ResBlock(channels, channels, time, dropout)])
+        for _ in range(layers):
+            if attention: self.layers.append(AttentionBlock(channels, heads))
+            self.layers.append(ResBlock(channels, channels, time, dropout))
 
     def forward(self,
                 x: torch.Tensor,    # (n, channels, H, W)
@@ -156,7 +175,10 @@ class UpBlock(nn.Module):
                  **options,       # time, layers, heads, dropout
                 ):
         super().__init__()
-        self.doubled = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(inputs, outputs, 3, padding=1)) if double else nn.Identity()
+        self.doubled = nn.Identity()
+        if double:
+            convolution = nn.Conv2d(inputs, outputs, 3, padding=1)
+            self.doubled = nn.Sequential(nn.Upsample(scale_factor=2), convolution)
         self.layers = _layers((outputs if double else inputs) + outputs, outputs, attention, **options)
 
     def forward(self,
@@ -170,34 +192,68 @@ class UpBlock(nn.Module):
         return x
 
 # %% ../../nbs/library/61_unet.ipynb #d76ac37d
-def check_size(options: dict, # of a UNet: `net.options`
-               height: int,   # H
-               width: int,    # W
-              ) -> None:      # raises ValueError with the nearest sizes that fit
-    "Refuse images that cannot be halved as often as the network does."
-    halvings, step = options['halvings'], 2**options['halvings']
-    height, width = number('height', height, low=1, integer=True), number('width', width, low=1, integer=True)
+def require_size(options: dict, # of a UNet: `net.options`
+                 height: int,   # H
+                 width: int,    # W
+                ) -> None:      # raises ValueError with the nearest sizes that fit
+    "Check that images can be halved as often as the network does."
+    height = number('height', height, low=1, integer=True)
+    width = number('width', width, low=1, integer=True)
+    step = 2**options['halvings']
     if height % step == 0 == width % step: return
-    near = dict.fromkeys((max(step, height // step * step), max(step, width // step * step)) if low else (-(-height // step) * step, -(-width // step) * step) for low in (True, False))
-    most = (math.gcd(height, width) & -math.gcd(height, width)).bit_length() - 1
-    raise ValueError(f"images of {height}×{width} cannot be halved {halvings} times: their sides must be multiples of {step}. "
-                     f"The nearest sizes: {' and '.join(f'{h}×{w}' for h, w in near)}. Or choose halvings={most}{' or less' * (most > 0)}.")
+    raise ValueError(_cannot_be_halved(options['halvings'], height, width))
+
+def _cannot_be_halved(halvings, height, width):
+    "What to say, with the nearest sizes and the most halvings that fit."
+    step, sides = 2**halvings, math.gcd(height, width)
+    smaller = [max(step, side // step * step) for side in (height, width)]
+    larger = [-(-side // step) * step for side in (height, width)]
+    near = ' and '.join(dict.fromkeys(f'{h}×{w}' for h, w in (smaller, larger)))
+    most = (sides & -sides).bit_length() - 1
+    return (f"images of {height}×{width} cannot be halved {halvings} times: "
+            f"their sides must be multiples of {step}. "
+            f"The nearest sizes: {near}. Or choose halvings={most}{' or less' * (most > 0)}.")
+
+def _require_channels(z, channels):
+    "Check that z is a batch of images with so many channels."
+    if z.ndim != 4 or z.shape[1] != channels:
+        raise ValueError(f"this UNet takes images of shape (n, {channels}, H, W), not {tuple(z.shape)}.")
 
 # %% ../../nbs/library/61_unet.ipynb #f9a9b9a1
 ATTENTION = ('all', 'mid', 'none')   # in every block, in the mid blocks alone, nowhere
 
-def _whole(name, value, low):
+def _checked_options(channels, width, multipliers, layers, halvings, attention, mid, heads, dropout):
+    "The options of a UNet, complete and in one form."
+    whole = partial(number, integer=True)
+    channels, width = whole('channels', channels, 1), whole('width', width, 2)
+    layers, mid, heads = whole('layers', layers, 1), whole('mid', mid, 0), whole('heads', heads, 1)
+    multipliers = _checked_numbers('multipliers', multipliers, 1)
+    if not multipliers:
+        raise ValueError("multipliers must be at least one number, such as '1, 2, 2': "
+                         "one for each down block.")
+    blocks = len(multipliers)
+    halvings = whole('halvings', blocks - 1 if halvings is None else halvings, 0, blocks)
+    if attention not in ATTENTION: attention = _checked_blocks(attention, blocks)
+    return dict(channels=channels, width=width, multipliers=multipliers, layers=layers, halvings=halvings,
+                attention=attention, mid=mid, heads=heads, dropout=number('dropout', dropout, 0, 1))
+
+def _checked_numbers(name, value, low):
     "Whole numbers, given as 2, (1, 2, 2) or '1, 2, 2'."
-    try: values = [int(v) for v in value.replace(',', ' ').split()] if isinstance(value, str) else list(value) if isinstance(value, (tuple, list)) else [value]
-    except ValueError: raise ValueError(f"{name} must be whole numbers such as '1, 2, 2', not {value!r}.") from None
+    if not isinstance(value, (str, tuple, list)): value = [value]
+    try: values = [int(v) for v in value.replace(',', ' ').split()] if isinstance(value, str) else value
+    except ValueError:
+        raise ValueError(f"{name} must be whole numbers such as '1, 2, 2', not {value!r}.") from None
     return tuple(number(name, v, low=low, integer=True) for v in values)
 
-def _attending(attention, blocks):
-    "The blocks with attention, in order."
-    if attention in ATTENTION: return tuple(range(blocks)) if attention == 'all' else ()
-    if isinstance(attention, str) and not attention.replace(',', ' ').replace(' ', '').isdigit(): raise ValueError(unknown('attention', attention, ATTENTION)[:-1] + f", or numbers of blocks from 0 to {blocks - 1}.")
-    numbers = _whole('attention', attention, 0)
-    if max(numbers, default=0) >= blocks: raise ValueError(f"attention in block {max(numbers)}, but the blocks are numbered from 0 to {blocks - 1}.")
+def _checked_blocks(attention, blocks):
+    "The numbers of the blocks with attention, in order."
+    if isinstance(attention, str) and not attention.replace(',', ' ').replace(' ', '').isdigit():
+        raise ValueError(unknown('attention', attention, ATTENTION)[:-1]
+                         + f", or numbers of blocks from 0 to {blocks - 1}.")
+    numbers = _checked_numbers('attention', attention, 0)
+    if max(numbers, default=0) >= blocks:
+        raise ValueError(f"attention in block {max(numbers)}, "
+                         f"but the blocks are numbered from 0 to {blocks - 1}.")
     return tuple(sorted(set(numbers)))
 
 # %% ../../nbs/library/61_unet.ipynb #9b04abff
@@ -206,40 +262,43 @@ class UNet(nn.Module):
     def __init__(self,
                  channels: int = 3,            # C of the images
                  width: int = 64,              # channels of the first block
-                 multipliers='1, 2, 2, 2',     # of the width, one for each down block: numbers, or their text
+                 multipliers='1, 2, 2, 2',     # of the width, one a down block: numbers or text
                  layers: int = 2,              # resnet layers in a block
-                 halvings: int = None,         # how many down blocks halve the resolution; default: all but the last
+                 halvings: int = None,         # down blocks that halve; default: all but the last
                  attention='mid',              # 'all', 'mid', 'none', or numbers of blocks from 0
                  mid: int = 3,                 # mid blocks
                  heads: int = 1,               # of attention; must divide the widths where it is
                  dropout: float = 0.,          # in the resnet blocks
                 ):                             # raises TypeError or ValueError on a bad option
         super().__init__()
-        channels, width, layers, mid, heads = (number(k, v, low=l, integer=True) for k, v, l in
-            (('channels', channels, 1), ('width', width, 2), ('layers', layers, 1), ('mid', mid, 0), ('heads', heads, 1)))
-        multipliers = _whole('multipliers', multipliers, 1)
-        if not multipliers: raise ValueError("multipliers must be at least one number, such as '1, 2, 2': one for each down block.")
-        blocks = len(multipliers)
-        halvings = number('halvings', blocks - 1 if halvings is None else halvings, low=0, high=blocks, integer=True)
-        attending, dropout = _attending(attention, blocks), number('dropout', dropout, low=0, high=1)
-        self.options = dict(channels=channels, width=width, multipliers=multipliers, layers=layers, halvings=halvings,
-                            attention=attention if attention in ATTENTION else attending, mid=mid, heads=heads, dropout=dropout)
-        options = dict(time=4 * width, layers=layers, heads=heads, dropout=dropout)
-        widths = [width * m for m in multipliers]
+        self.options = _checked_options(
+            channels=channels, width=width, multipliers=multipliers, layers=layers, halvings=halvings,
+            attention=attention, mid=mid, heads=heads, dropout=dropout)
+        channels, width, multipliers, layers, halvings, attention, mid, heads, dropout = self.options.values()
+        widths, blocks = [width * m for m in multipliers], range(len(multipliers))
+        inside = dict(time=4 * width, layers=layers, heads=heads, dropout=dropout)
+        attending = {'all': blocks, 'mid': (), 'none': ()}.get(attention, attention)
+        at = [dict(attention=i in attending, **inside) for i in blocks]
+        before, below = [width, *widths], [*widths[1:], widths[-1]]
+
         self.time = TimeEmbedding(width, 4 * width)
         self.first = nn.Conv2d(channels, width, 3, padding=1)
-        self.down = nn.ModuleList(DownBlock(a, b, i < halvings, i in attending, **options) for i, (a, b) in enumerate(zip([width] + widths, widths)))
-        self.mid = nn.ModuleList(MidBlock(widths[-1], attention != 'none', **options) for _ in range(mid))
-        self.up = nn.ModuleList(UpBlock(a, b, i < halvings, i in attending, **options) for i, a, b in reversed(list(zip(range(blocks), widths[1:] + widths[-1:], widths))))
-        self.last = nn.Sequential(_norm(width * multipliers[0]), nn.SiLU(), _zero(nn.Conv2d(width * multipliers[0], channels, 3, padding=1)))
+        self.down = nn.ModuleList(
+            DownBlock(before[i], widths[i], halve=i < halvings, **at[i]) for i in blocks)
+        self.mid = nn.ModuleList(
+            MidBlock(widths[-1], attention=attention != 'none', **inside) for _ in range(mid))
+        self.up = nn.ModuleList(
+            UpBlock(below[i], widths[i], double=i < halvings, **at[i]) for i in reversed(blocks))
+        self.last = nn.Sequential(
+            _norm(widths[0]), nn.SiLU(), _zero(nn.Conv2d(widths[0], channels, 3, padding=1)))
 
     def forward(self,
                 z: torch.Tensor,  # (n, C, H, W) noisy images of unit scale
                 u: torch.Tensor,  # (n,) cosine time of the noise level
                ) -> torch.Tensor: # (n, C, H, W) ŷ, z's dtype
         "The prediction ŷ."
-        if z.ndim != 4 or z.shape[1] != self.options['channels']: raise ValueError(f"this UNet takes images of shape (n, {self.options['channels']}, H, W), not {tuple(z.shape)}.")
-        check_size(self.options, *z.shape[2:])
+        _require_channels(z, self.options['channels'])
+        require_size(self.options, *z.shape[2:])
         time, x, kept = self.time(u), self.first(z), []
         for block in self.down:
             x, skip = block(x, time)
@@ -249,7 +308,8 @@ class UNet(nn.Module):
         return self.last(x).to(z.dtype)
 
 # %% ../../nbs/library/61_unet.ipynb #ca8ecef7
-UNETS = {   # name -> options of UNet. Runs are known by these names: what changes needs another name, or another RESULTS_VERSION
+# Runs are known by these names: what changes needs another name, or another RESULTS_VERSION
+UNETS = {   # name -> options of UNet
     'small':  dict(width=16, multipliers='1, 1, 2', layers=1, halvings=2, attention='mid', mid=1),
     'thesis': dict(width=64, multipliers='1, 2, 3, 4', layers=6, halvings=4, attention='all', mid=3, heads=4),
     'ddpm':   dict(width=128, multipliers='1, 2, 2, 2', layers=2, halvings=3, attention='1', mid=3),
@@ -258,9 +318,9 @@ UNETS = {   # name -> options of UNet. Runs are known by these names: what chang
 def unet(name: str = 'small', # a name in UNETS, or one with options: 'small(width=24)'
          channels: int = 3,   # C of the images
          size=32,             # side of the images, or (H, W)
-        ) -> UNet:            # raises ValueError or TypeError on an unknown name, a bad option or a size that does not fit
+        ) -> UNet:            # raises ValueError or TypeError on a bad name, option or size
     "A new UNet by name."
     registry = {k: partial(UNet, channels, **options) for k, options in UNETS.items()}
     with torch.device('meta'): options = from_spec(registry, name, 'network').options   # no numbers yet
-    check_size(options, *(size if isinstance(size, (tuple, list)) else (size, size)))
+    require_size(options, *(size if isinstance(size, (tuple, list)) else (size, size)))
     return UNet(**options)
