@@ -112,18 +112,9 @@ def run(only=None):
         if only is None: print(f"{count} of {len(chosen)} caught")
 
 
-<<<<<<< HEAD
-MORE = {   # module -> its tests, where they are not named after it
+MORE = {   # module -> its tests, where there are more than those of its name
+    "training": ["training", "stack"],
 }
-=======
-def tests_of(module):
-    "The tests of a module."
-    return [f"tests/test_{name}.py" for name in MORE.get(module, [module.split(".")[-1]])]
-
-
-MORE = dict(adaptive=["adaptive", "training"], networks=["training", "stack"], studies=["studies_record"], runs=["runs", "stack"])
-MORE["images.data"] = MORE["images.templates"] = ["images"]
->>>>>>> part/sched
 
 
 if __name__ == "__main__":
