@@ -155,7 +155,8 @@ def test_noisy_data_velocity_and_snr_are_theirs(b, seed):
 def test_a_step_of_ddpm_and_one_of_ddim_are_theirs(k, prediction, seed):
     "The last one, at k = 0, too: to the data, at λ = ∞."
     schedule, target = DDPMSchedule(logsnr_max=math.inf), PREDICTIONS[prediction]
-    s, t = (Level(*(q.float() for q in schedule.level(torch.tensor(i / 1000, dtype=f64)))) for i in (k, k + 1))
+    at = lambda i: Level(*(q.float() for q in schedule.level(torch.tensor(i / 1000, dtype=f64))))
+    s, t = at(k), at(k + 1)
     z, y_hat = torch.randn(2, 3, 2, 4, 4, generator=seeded(seed))
     for kind, ours in (("DDPMScheduler", ancestral_step), ("DDIMScheduler", ddim_step)):
         scheduler = to_diffusers(schedule, target, kind=kind)
