@@ -16,7 +16,7 @@ batches = st.lists(st.lists(st.tuples(st.floats(-3, 5), values), min_size=1, max
 
 
 @few
-@given(batches, bins=st.integers(1, 9), moment=st.sampled_from([1, 2]),
+@given(batches=batches, bins=st.integers(1, 9), moment=st.sampled_from([1, 2]),
        uniform=st.sampled_from([1e-6, 0.1, 1.]), decay=st.sampled_from([0., 0.5, 0.99]))
 def test_whatever_was_seen_the_path_is_a_decreasing_bijection(batches, bins, moment, uniform, decay):
     "zeros, overflows and nan included: the density stays above its uniform share, and integrates to one"
