@@ -20,7 +20,7 @@ from .schedules import SCHEDULES, Level, Schedule
 from .score_matching import divergence, probe_vectors, projected_divergence
 from .steps import at_angle, solve, velocity
 
-# %% ../nbs/library/85_likelihood.ipynb #34a10635
+# %% ../nbs/library/85_likelihood.ipynb #6ec2017e
 def flow_log_prob(denoiser,           # denoiser(z, level) -> (x̂, ε̂), differentiable in z
                   x: torch.Tensor,    # data, shape (n, ...)
                   schedule='cosine',  # its range of λ is that of the flow; nothing else of it matters
@@ -51,6 +51,7 @@ def flow_log_prob(denoiser,           # denoiser(z, level) -> (x̂, ε̂), diffe
     log_prior = -0.5 * (z.square() + math.log(2 * math.pi)).flatten(1).sum(1)
     return log_prior + change + x[0].numel() * math.log(shrink)
 
+# %% ../nbs/library/85_likelihood.ipynb #34a10635
 def _require_finite_flow(v, div, level):
     "Raise FloatingPointError unless velocity and divergence are finite."
     if v.isfinite().all() and div.isfinite().all(): return
@@ -66,7 +67,7 @@ def prior_kl(x: torch.Tensor,   # data, shape (n, ...)
     signal, variance = (alpha / level.scale)**2, (sigma / level.scale)**2
     return 0.5 * (signal * x.square().flatten(1).sum(1) - x[0].numel() * (signal + variance.log()))
 
-# %% ../nbs/library/85_likelihood.ipynb #1bc8a0e4
+# %% ../nbs/library/85_likelihood.ipynb #23e8a235
 class Bound(NamedTuple):
     "The three terms of the NELBO, per example and in nats."
     prior: torch.Tensor           # how much of the data the noisy end still knows
@@ -78,6 +79,7 @@ class Bound(NamedTuple):
         "The bound on -log p(x), in nats."
         return self.prior + self.diffusion + self.reconstruction
 
+# %% ../nbs/library/85_likelihood.ipynb #1bc8a0e4
 def _drawn_levels(schedule, steps, draws, n, generator):
     "λ of shape (draws, n), one in each of `draws` equal parts of λ or of T steps; its weight in ‖ε - ε̂‖²."
     within = torch.rand(draws, n, generator=generator, device=generator.device).double().cpu()
@@ -102,7 +104,7 @@ def _require_finite_error(error, logsnr):
     worst = logsnr[~error.isfinite()][0]
     raise FloatingPointError(f'the noise error is not finite at logsnr {worst:.4g}.')
 
-# %% ../nbs/library/85_likelihood.ipynb #87a52d25
+# %% ../nbs/library/85_likelihood.ipynb #a218366a
 def nelbo(denoiser,           # denoiser(z, level) -> (x̂, ε̂)
           x: torch.Tensor,    # data, shape (n, ...); best many at once
           schedule='cosine',  # in continuous time only its range of λ matters
@@ -128,6 +130,7 @@ def nelbo(denoiser,           # denoiser(z, level) -> (x̂, ε̂)
     reconstruction = dims / 2 * (math.log(2 * math.pi * math.e) - schedule.logsnr_max)
     return Bound(prior, diffusion, torch.full_like(prior, reconstruction))
 
+# %% ../nbs/library/85_likelihood.ipynb #87a52d25
 def _slope_of_others(error, size, dims):
     "The coefficient of the control variate for each example: covariance over 2D, of all the others."
     others = max(len(error) - 1, 1)

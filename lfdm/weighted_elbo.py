@@ -18,7 +18,7 @@ from .losses import require_batch
 from .schedules import SCHEDULES, Level, Schedule
 from .weightings import WEIGHTINGS, LogSNRWeighting, Weighting
 
-# %% ../nbs/library/87_weighted_elbo.ipynb #cfcf6a5a
+# %% ../nbs/library/87_weighted_elbo.ipynb #328241ac
 def level_grid(low: float,          # λ_min
                high: float,         # λ_max
                points: int = 4001,  # odd, for Simpson's rule
@@ -34,12 +34,14 @@ def level_grid(low: float,          # λ_min
         raise ValueError(f"points must be odd, not {points}: Simpson's rule takes intervals in pairs.")
     return torch.linspace(low, high, points, dtype=torch.float64)
 
+# %% ../nbs/library/87_weighted_elbo.ipynb #724c9be8
 def exact_slope(dataset,  # a set with exact floors
                 logsnr,   # λ, any shape
                ):         # L'(λ) in nats, λ's shape
     "The slope of the exact denoiser, a mean over data: D/2 times the smallest noise error; Kingma & Gao (6)."
     return dataset.dim / 2 * dataset.eps_floor(as_number(logsnr))
 
+# %% ../nbs/library/87_weighted_elbo.ipynb #adfd6f38
 def eps_slope(denoiser,           # denoiser(z, level) -> (x̂, ε̂)
               x: torch.Tensor,    # data, shape (n, ...)
               logsnr,             # λ, shape (k,)
@@ -59,6 +61,7 @@ def eps_slope(denoiser,           # denoiser(z, level) -> (x̂, ε̂)
         _require_finite(slopes[-1], level)
     return torch.stack(slopes)
 
+# %% ../nbs/library/87_weighted_elbo.ipynb #cfcf6a5a
 def _checked_levels(denoiser, logsnr):
     "Noise levels in float64, within the range that the denoiser knows."
     logsnr = as_number(logsnr).flatten()
@@ -73,7 +76,7 @@ def _require_finite(slope, level):
     if slope.isfinite().all(): return
     raise FloatingPointError(f'the noise error is not finite at logsnr {level.logsnr:.4g}.')
 
-# %% ../nbs/library/87_weighted_elbo.ipynb #d7d37302
+# %% ../nbs/library/87_weighted_elbo.ipynb #00391176
 class ELBOs(NamedTuple):
     "L(λ) and its slope over noise levels, in nats."
     logsnr: torch.Tensor  # λ, increasing, shape (k,)
@@ -91,6 +94,7 @@ def elbos(logsnr: torch.Tensor,  # λ, increasing, shape (k,)
     area = cumulative_simpson(slope.numpy(), x=logsnr.numpy(), initial=0)
     return ELBOs(logsnr, slope, float(prior) + torch.from_numpy(area))
 
+# %% ../nbs/library/87_weighted_elbo.ipynb #d7d37302
 def _require_curve(logsnr, slope):
     "Raise ValueError unless these are finite numbers on a grid as `level_grid` makes it."
     if logsnr.ndim != 1 or logsnr.shape != slope.shape or len(logsnr) < 3:
@@ -104,7 +108,7 @@ def _require_curve(logsnr, slope):
     if not (ok := slope.isfinite()).all():
         raise ValueError(f'the slope is {slope[~ok][0]:g} at logsnr {logsnr[~ok][0]:.4g}.')
 
-# %% ../nbs/library/87_weighted_elbo.ipynb #4ad1384f
+# %% ../nbs/library/87_weighted_elbo.ipynb #c31efbae
 def exact_elbos(dataset,             # a set with exact floors
                 low: float = -12.9,  # λ_min
                 high: float = 12.9,  # λ_max
@@ -116,6 +120,7 @@ def exact_elbos(dataset,             # a set with exact floors
     prior = prior_kl(ones, SCHEDULES['cosine']().level_at(logsnr[0]))
     return elbos(logsnr, exact_slope(dataset, logsnr), prior.item())
 
+# %% ../nbs/library/87_weighted_elbo.ipynb #4ad1384f
 def model_elbos(denoiser,            # denoiser(z, level) -> (x̂, ε̂)
                 x: torch.Tensor,     # data, shape (n, ...)
                 low: float = -12.9,  # λ_min
@@ -130,7 +135,7 @@ def model_elbos(denoiser,            # denoiser(z, level) -> (x̂, ε̂)
     slope = eps_slope(denoiser, x, logsnr, schedule, seed).mean(1).cpu()
     return elbos(logsnr, slope, prior_kl(x.double(), schedule.level_at(logsnr[0])).mean().item())
 
-# %% ../nbs/library/87_weighted_elbo.ipynb #e3efd940
+# %% ../nbs/library/87_weighted_elbo.ipynb #1c805da4
 def weight(w,                     # w(λ): a function, or the name, class or instance of a LogSNRWeighting
            logsnr: torch.Tensor,  # λ, shape (k,)
           ) -> torch.Tensor:      # w at λ, float64; raises ValueError where it is not finite
@@ -145,6 +150,7 @@ def weight(w,                     # w(λ): a function, or the name, class or ins
                          'Narrow the range, or choose a weight that stays finite there.')
     return value.double()
 
+# %% ../nbs/library/87_weighted_elbo.ipynb #e3efd940
 def _weight_function(w):
     "w as a function of λ."
     if not isinstance(w, (str, type, Weighting)): return w
@@ -178,7 +184,7 @@ def over_elbos(w,          # w(λ), as in `weight`
     value = weight(w, e.logsnr)
     return (value[-1] * e.loss[-1]).item() - _slices(e.loss, value)
 
-# %% ../nbs/library/87_weighted_elbo.ipynb #248fbb17
+# %% ../nbs/library/87_weighted_elbo.ipynb #66ea9eac
 def augmentation(w,                     # w(λ), as in `weight`; must not rise
                  logsnr: torch.Tensor,  # λ, increasing, shape (k,)
                 # (p_w(λ), shape (k,); the mass at λ_max); raises ValueError if w rises
@@ -189,6 +195,7 @@ def augmentation(w,                     # w(λ), as in `weight`; must not rise
     slope, = torch.gradient(value, spacing=(logsnr.double(),))
     return -slope / value[0], (value[-1] / value[0]).item()
 
+# %% ../nbs/library/87_weighted_elbo.ipynb #f3418589
 def _require_falling(value, logsnr):
     "Raise ValueError unless a weight is positive and rises nowhere."
     if value[0] <= 0 or value[-1] < 0:
@@ -200,6 +207,7 @@ def _require_falling(value, logsnr):
                          'noise levels there, and the loss is no ELBO of augmented data '
                          '(Kingma & Gao, section 3.5).')
 
+# %% ../nbs/library/87_weighted_elbo.ipynb #5cea48de
 def over_augmentation(w,          # w(λ), as in `weight`; must not rise
                       e: ELBOs,   # of a denoiser
                      ) -> float:  # in nats
@@ -208,6 +216,7 @@ def over_augmentation(w,          # w(λ), as in `weight`; must not rise
     share = -value / value[0]   # p_w dλ is a slice of this
     return value[0].item() * (_slices(e.loss, share) + mass * e.loss[-1].item())
 
+# %% ../nbs/library/87_weighted_elbo.ipynb #248fbb17
 def draw_levels(w,              # w(λ), as in `weight`; must not rise
                 n: int,         # how many
                 low: float,     # λ_min
@@ -236,7 +245,7 @@ def elbo_shares(w,          # w(λ), as in `weight`
     down, up = (torch.dot(middle, (sign * value.diff()).clamp(min=0)).item() for sign in (-1, 1))
     return (value[-1] * e.loss[-1]).item() + down, up
 
-# %% ../nbs/library/87_weighted_elbo.ipynb #e1e37a01
+# %% ../nbs/library/87_weighted_elbo.ipynb #dbd22b8e
 def _plane(q, p, alpha, sigma, fine, most=4_000_000):
     "(points, area of a cell) of a grid that holds noisy q; raises ValueError where it would be too fine."
     tau, tau_p = ((alpha**2 * d.stds**2 + sigma**2).sqrt() for d in (q, p))
@@ -249,6 +258,7 @@ def _plane(q, p, alpha, sigma, fine, most=4_000_000):
     axes = [torch.linspace(a, b, n, dtype=torch.float64) for a, b, n in zip(low, high, sizes)]
     return torch.cartesian_prod(*axes), math.prod((a[1] - a[0]).item() for a in axes)
 
+# %% ../nbs/library/87_weighted_elbo.ipynb #e1e37a01
 def kl_and_fisher(q,                 # a two-dimensional GaussianMixture
                   p,                 # another
                   alpha: float,      # scale of the signal, of both

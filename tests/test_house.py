@@ -264,6 +264,9 @@ def undocumented(f):
     bases = f.__mro__[1:] if dataclasses.is_dataclass(f) else []
     bases = [base for base in bases if dataclasses.is_dataclass(base) and "__init__" in vars(base)]
     inherited = {n for base in bases for n, note in docments(base, returns=False).items() if note}
+    contracts = [c for c in vars(sys.modules[f.__module__]).values()
+                 if getattr(c, "_is_protocol", False) and c.__module__ == f.__module__]
+    inherited |= {n for c in contracts for n, note in docments(c.__call__, returns=False).items() if note}
     return [n for n, note in notes.items() if not note and n not in {"self", "cls"} | variable | inherited]
 
 
