@@ -1,7 +1,6 @@
 "Every study runs from top to bottom at the smoke scale, and leaves the repository as it was."
 import subprocess
 import tempfile
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +9,7 @@ from tree import ROOT, name, notebooks
 
 EXPERIMENTS = ROOT / "nbs/experiments"
 DRAWN = ("thesis.ipynb", "verdicts.ipynb")   # from the record that thesis_runs.ipynb leaves
-COMMAND = "thesis_runs.ipynb"                # by papermill's command, as `make figures` does; the others start faster
+COMMAND = "thesis_runs.ipynb"                # by papermill's command, as `make figures` does
 STUDIES = [path for path in notebooks() if path.parent == EXPERIMENTS]
 BEFORE = {}
 
