@@ -8,20 +8,19 @@ __all__ = ['FEATURES_VERSION', 'FeatureNet', 'classifier_features', 'feature_net
 # %% ../../nbs/library/89_image_features.ipynb #dd7ee35a
 import hashlib
 import json
-import math
 import os
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from .fid import require_images, frechet_distance, moments
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
-from ..core import lookup, number, project_root, seeded
-from .data import quantize, scaled
+from ..core import lookup, number, project_root, seeded, write_whole
+from .data import quantize, require_images, scaled
+from .fid import frechet_distance, moments
 
 # %% ../../nbs/library/89_image_features.ipynb #11156dad
 class FeatureNet(nn.Module):
@@ -33,25 +32,30 @@ class FeatureNet(nn.Module):
                  width: int = 24,    # channels after the first convolution
                 ):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(channels, width, 3, 2, 1), nn.ReLU(), nn.Conv2d(width, 2 * width, 3, 2, 1), nn.ReLU(),
-                                  nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(32 * width, features), nn.ReLU())
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, width, 3, 2, 1), nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, 2, 1), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(32 * width, features), nn.ReLU())
         self.head = nn.Linear(features, classes)
-        self.register_buffer('scale', torch.ones(()))   # after training: of the features of the training images
+        self.register_buffer('scale', torch.ones(()))   # of the training images' features
+
     def forward(self,
                 x, # images in [-1, 1], shape (n, C, H, W)
                ):  # logits, shape (n, classes)
         return self.head(self.body(x))
+
     def features(self,
                  x, # images in [-1, 1], shape (n, C, H, W)
                 ):  # shape (n, F)
-        "The layer before the last, in units in which the features of the training images have a total variance of 1."
+        "The layer before the last, where the features of the training images have a total variance of 1."
         return self.body(x) / self.scale
 
 # %% ../../nbs/library/89_image_features.ipynb #fc4ab684
 def _digest(net):
     "Eight hex digits of a network's weights."
     h = hashlib.sha256()
-    for k, v in sorted(net.state_dict().items()): h.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
+    for name, tensor in sorted(net.state_dict().items()):
+        h.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:8]
 
 # %% ../../nbs/library/89_image_features.ipynb #1b254eac
@@ -65,7 +69,8 @@ def classifier_features(net: FeatureNet,      # the classifier, on any device
                        ) -> torch.Tensor:     # shape (n, F), on the CPU; raises TypeError or ValueError
     "The features of images."
     require_images('images', images, levels, 1, (net.body[0].in_channels,))
-    with torch.no_grad(): return torch.cat([net.features(x).cpu() for x in _batches(images, levels, net)])
+    with torch.no_grad():
+        return torch.cat([net.features(x).cpu() for x in _batches(images, levels, net)])
 
 # %% ../../nbs/library/89_image_features.ipynb #14220336
 @contextmanager
@@ -78,26 +83,34 @@ def _one_thread():
     finally: torch.set_num_threads(threads)
 
 def _accuracy(net, images, labels, levels):
-    with torch.no_grad(): right = sum((net(x).argmax(1) == y).sum().item() for x, y in zip(_batches(images, levels, net), labels.split(256)))
-    return right / len(labels)
+    "The share of images that the classifier puts into their class."
+    with torch.no_grad(): found = torch.cat([net(x).argmax(1).cpu() for x in _batches(images, levels, net)])
+    return (found == labels).sum().item() / len(labels)
 
 # %% ../../nbs/library/89_image_features.ipynb #8e8e2c8b
 def _trained(dataset, seed, steps):
-    "A classifier trained on a set's labels."
-    images, labels, g = dataset.train(), dataset.labels('train'), seeded(seed)
+    "A classifier trained on a set's labels, and its accuracy on the test images."
+    images, labels, levels, g = dataset.train(), dataset.labels('train'), dataset.levels, seeded(seed)
     with _one_thread():
         torch.manual_seed(seed)
         net = FeatureNet(dataset.shape[0], dataset.classes)
         optimizer = torch.optim.AdamW(net.parameters(), 8e-3)
         rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, 8e-3, steps)
         for _ in range(steps):
-            chosen, (i, j) = torch.randint(len(images), (64,), generator=g), torch.randint(3, (2,), generator=g).tolist()
-            x = functional.pad(scaled(images[chosen], dataset.levels), (1, 1, 1, 1), mode='replicate')[..., i:i + images.shape[2], j:j + images.shape[3]]
+            chosen = torch.randint(len(images), (64,), generator=g)
+            x = _shifted(scaled(images[chosen], levels), g)
             loss = functional.cross_entropy(net(x), labels[chosen], label_smoothing=0.05)
             optimizer.zero_grad(); loss.backward(); optimizer.step(); rates.step()
         net.eval()
-        net.scale.copy_(moments(classifier_features(net, images, dataset.levels))[1].trace().sqrt())
-        return net, _accuracy(net, dataset.test(), dataset.labels('test'), dataset.levels)
+        _, cov = moments(classifier_features(net, images, levels))
+        net.scale.copy_(cov.trace().sqrt())
+        return net, _accuracy(net, dataset.test(), dataset.labels('test'), levels)
+
+def _shifted(x, generator):
+    "Images shifted by at most one pixel each way, all alike."
+    i, j = torch.randint(3, (2,), generator=generator).tolist()
+    padded = functional.pad(x, (1, 1, 1, 1), mode='replicate')
+    return padded[..., i:i + x.shape[2], j:j + x.shape[3]]
 
 # %% ../../nbs/library/89_image_features.ipynb #c14e656f
 FEATURES_VERSION = 1   # raised by hand when a change of code changes the classifier
@@ -106,20 +119,28 @@ def feature_net(dataset,          # an ImageSet with labels
                 seed: int = 0,    # of the weights and the batches
                 steps: int = 600, # of training; others than 600 have a file of their own
                 root=None,        # where runs lie; default: $LFDM_RUNS, or else runs/ of the project
-               ) -> FeatureNet:   # with `name`, `digest` and `accuracy` on the test images; raises ValueError without labels
+               ) -> FeatureNet:   # with `name`, `digest` and `accuracy` on the test images; raises ValueError
     "The classifier of a set of images, trained here or loaded."
-    if not dataset.classes or dataset.labels('train') is None: raise ValueError(f"the images of {dataset.name!r} have no labels, so no classifier can be trained on them; use fid instead.")
+    _require_labels(dataset)
     seed, steps = number('seed', seed, low=0, integer=True), number('steps', steps, low=1, integer=True)
     name = f"{dataset.name}-{dataset.digest}-s{seed}{f'-{steps}steps' if steps != 600 else ''}"
-    path = Path(root or os.environ.get('LFDM_RUNS') or project_root() / 'runs') / 'features' / f'{name}.safetensors'
-    facts = {'version': FEATURES_VERSION, 'set': dataset.name, 'set_digest': dataset.digest, 'shape': list(dataset.shape), 'classes': dataset.classes, 'levels': dataset.levels, 'seed': seed, 'steps': steps}
+    folder = Path(root or os.environ.get('LFDM_RUNS') or project_root() / 'runs') / 'features'
+    path = folder / f'{name}.safetensors'
+    facts = {'version': FEATURES_VERSION, 'set': dataset.name, 'set_digest': dataset.digest,
+             'shape': list(dataset.shape), 'classes': dataset.classes, 'levels': dataset.levels,
+             'seed': seed, 'steps': steps}
     net = _read_features(path, facts)
     if net is None:
-        net, accuracy = _trained(dataset, seed, steps)
-        net.accuracy = accuracy
+        net, net.accuracy = _trained(dataset, seed, steps)
         _write_features(path, net, facts)
     net.name, net.digest = name, _digest(net)
     return net
+
+def _require_labels(dataset):
+    "Check that a classifier can be trained on a set."
+    if not dataset.classes or dataset.labels('train') is None:
+        raise ValueError(f"the images of {dataset.name!r} have no labels, "
+                         "so no classifier can be trained on them; use fid instead.")
 
 # %% ../../nbs/library/89_image_features.ipynb #bbe2b117
 def _read_features(path, facts):
@@ -130,61 +151,76 @@ def _read_features(path, facts):
             accuracy = said.pop('accuracy')
             if said != facts: return None
             net = FeatureNet(facts['shape'][0], facts['classes'])
-            net.load_state_dict({k: file.get_tensor(k) for k in file.keys()})
+            net.load_state_dict({k: file.get_tensor(k) for k in file.keys()})  # noqa: SIM118
     except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError): return None
     net.accuracy = accuracy
     return net.eval()
 
 # %% ../../nbs/library/89_image_features.ipynb #ebef9743
 def _write_features(path, net, facts):
+    "Write a classifier with what it is of, whole or not at all."
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f'.{path.name}.{os.getpid()}')
-    try:
+    with write_whole(path) as draft:
         save_file(net.state_dict(), draft, {'facts': json.dumps(facts | {'accuracy': net.accuracy})})
-        os.replace(draft, path)
-    finally: draft.unlink(missing_ok=True)
 
 # %% ../../nbs/library/89_image_features.ipynb #88e5f435
 def _as_images(samples, dataset):
     "Generated images as the set's own are: uint8."
     if torch.is_tensor(samples) and samples.is_floating_point():
-        if not samples.isfinite().all(): raise ValueError(f"{(~samples.isfinite().flatten(1).all(1)).sum()} of {len(samples)} samples are not finite.")
+        _require_finite(samples)
         samples = quantize(samples, dataset.levels)
     require_images('samples', samples, dataset.levels, 2)
-    if samples.shape[1:] != tuple(dataset.shape): raise ValueError(f"samples have shape {tuple(samples.shape[1:])}, the images of {dataset.name!r} {tuple(dataset.shape)}.")
+    if samples.shape[1:] != tuple(dataset.shape):
+        raise ValueError(f"samples have shape {tuple(samples.shape[1:])}, "
+                         f"the images of {dataset.name!r} {tuple(dataset.shape)}.")
     return samples
 
+def _require_finite(samples):
+    "Check that the numbers of all samples are finite."
+    if samples.isfinite().all(): return
+    wrong = ~samples.isfinite().flatten(1).all(1)
+    raise ValueError(f"{wrong.sum()} of {len(samples)} samples are not finite.")
+
 # %% ../../nbs/library/89_image_features.ipynb #4f4010dd
-def feature_distance(samples: torch.Tensor,   # generated images, uint8 or floats in [-1, 1], shape (n, C, H, W)
+def feature_distance(samples: torch.Tensor,   # generated images, uint8 or floats, shape (n, C, H, W)
                      dataset,                 # the ImageSet they imitate
                      net: FeatureNet = None,  # default: the set's own, trained if need be
-                     n: int = None,           # samples compared at a time; default: all, but at most half as many as there are real images for the noise floor
-                     split: str = 'test',     # the reference, 'test' or 'train'; the noise floor is that of the other one's images
+                     n: int = None,           # samples at a time; default: all, or half the real images
+                     split: str = 'test',     # of the reference; the other split gives the floor
                      repeats: int = 20,       # random choices of n images
                      seed: int = 0,           # of these
-                    ) -> dict:                # measure, value, sd, noise, noise_sd, n, reference, reference_n, weights, dims, accuracy; raises TypeError or ValueError
+                    ) -> dict:                # value, noise floor, conditions; raises TypeError, ValueError
     "The Fréchet distance in a classifier's features, beside that of as many real images; thesis (4.6)."
     samples, splits = _as_images(samples, dataset), {'train': dataset.train, 'test': dataset.test}
     reference = lookup(splits, split, 'split')()
     real = splits['train' if split == 'test' else 'test']()
-    n = number('n', min(len(samples), len(real) // 2) if n is None else n, low=2, high=min(len(samples), len(real)), integer=True)
-    net, g, repeats = net or feature_net(dataset), seeded(seed), number('repeats', repeats, low=2, integer=True)
-    x, real, y = (classifier_features(net, images, dataset.levels) for images in (samples, real, reference))
+    if n is None: n = min(len(samples), len(real) // 2)
+    n = number('n', n, low=2, high=min(len(samples), len(real)), integer=True)
+    net, g = net or feature_net(dataset), seeded(seed)
+    repeats = number('repeats', repeats, low=2, integer=True)
+
+    x, z, y = (classifier_features(net, images, dataset.levels) for images in (samples, real, reference))
     y = moments(y)
-    far = lambda x: torch.tensor([frechet_distance(*moments(x[torch.randperm(len(x), generator=g)[:n]]), *y) for _ in range(repeats)])
-    value, noise = far(x), far(real)
-    return {'measure': f'Fréchet distance in the features of a classifier of {dataset.name}', 'value': value.mean().item(), 'sd': value.std().item(), 'noise': noise.mean().item(),
-            'noise_sd': noise.std().item(), 'n': n, 'reference': f'{dataset.name} {split}', 'reference_n': len(reference), 'weights': net.digest, 'dims': x.shape[1], 'accuracy': net.accuracy}
+    some = lambda x: x[torch.randperm(len(x), generator=g)[:n]]
+    distances = lambda x: torch.tensor([frechet_distance(*moments(some(x)), *y) for _ in range(repeats)])
+    value, noise = distances(x), distances(z)
+    return {'measure': f'Fréchet distance in the features of a classifier of {dataset.name}',
+            'value': value.mean().item(), 'sd': value.std().item(),
+            'noise': noise.mean().item(), 'noise_sd': noise.std().item(),
+            'n': n, 'reference': f'{dataset.name} {split}', 'reference_n': len(reference),
+            'weights': net.digest, 'dims': x.shape[1], 'accuracy': net.accuracy}
 
 # %% ../../nbs/library/89_image_features.ipynb #dd319a73
 def classifier_view(images: torch.Tensor,   # uint8 or floats in [-1, 1], shape (n, C, H, W)
                     dataset,                # the ImageSet they imitate
                     net: FeatureNet = None, # default: the set's own, trained if need be
                     sure: float = 0.8,      # a probability from which on the classifier is sure
-                   ) -> dict:               # frequencies of the classes, their entropy in nats, confident: the share it is sure of, n, weights
-    "What a classifier sees in images."
+                   ) -> dict:               # frequencies, entropy (nats), confident: its share, n, weights
+    "What a classifier sees in images: frequencies of the classes, and how many images it is sure of."
     images, sure = _as_images(images, dataset), number('sure', sure, 0, 1)
     net = net or feature_net(dataset)
-    with torch.no_grad(): p = torch.cat([net.head(net.body(x)).softmax(1).cpu() for x in _batches(images, dataset.levels, net)])
+    with torch.no_grad():
+        p = torch.cat([net(x).softmax(1).cpu() for x in _batches(images, dataset.levels, net)])
     frequencies = torch.bincount(p.argmax(1), minlength=dataset.classes).double() / len(p)
-    return {'frequencies': frequencies.tolist(), 'entropy': torch.special.entr(frequencies).sum().item(), 'confident': (p.amax(1) >= sure).double().mean().item(), 'n': len(p), 'weights': net.digest}
+    return {'frequencies': frequencies.tolist(), 'entropy': torch.special.entr(frequencies).sum().item(),
+            'confident': (p.amax(1) >= sure).double().mean().item(), 'n': len(p), 'weights': net.digest}

@@ -4,109 +4,158 @@
 
 # %% auto #0
 __all__ = ['INCEPTION_FILE', 'INCEPTION_DIGEST', 'INCEPTION_DIMS', 'moments', 'frechet_distance', 'inception_file', 'inception',
-           'require_images', 'fid', 'stated']
+           'fid', 'stated']
 
 # %% ../../nbs/library/88_image_fid.ipynb #f4f2552e
 import hashlib
 import io
-import math
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ..core import number
-from .data import require_bytes
+from .data import require_images
 
 # %% ../../nbs/library/88_image_fid.ipynb #a86796f4
 def moments(features, # shape (n, F), or its batches one after the other
            ) -> tuple: # (mean (F,), covariance (F, F)), in float64 on the CPU; raises TypeError or ValueError
     "Mean and unbiased covariance of features, batch by batch."
+    if torch.is_tensor(features) and features.ndim: features = features.split(1024)
     n, mean, scatter = 0, torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for batch in features.split(1024) if torch.is_tensor(features) and features.ndim else features:
-        if not torch.is_tensor(batch) or batch.ndim != 2: raise TypeError(f"features must be a tensor of shape (n, F), or batches of it, not {getattr(batch, 'shape', batch)!r}.")
-        if n and batch.shape[1] != len(mean): raise ValueError(f"a batch of {batch.shape[1]} features after batches of {len(mean)}.")
+    for batch in features:
+        _require_features(batch, n, mean)
         batch = batch.detach().cpu().double()
-        finite = batch.isfinite().all(1)
-        if not finite.all(): raise ValueError(f"features of {(~finite).sum()} of {len(batch)} images are not finite; the first is number {n + (~finite).nonzero()[0].item()}.")
-        own, seen = batch.mean(0), n + len(batch)
-        scatter = scatter + (batch - own).T @ (batch - own) + torch.outer(own - mean, own - mean) * (n * len(batch) / seen) if n else (batch - own).T @ (batch - own)
-        mean, n = (mean * n + own * len(batch)) / seen, seen
+        own, total = batch.mean(0), n + len(batch)
+        scatter = scatter + (batch - own).T @ (batch - own)
+        if n: scatter = scatter + torch.outer(own - mean, own - mean) * (n * len(batch) / total)
+        mean, n = (mean * n + own * len(batch)) / total, total
     if n < 2: raise ValueError(f"a covariance needs at least 2 samples, not {n}.")
     return mean, scatter / (n - 1)
+
+def _require_features(batch, n, mean):
+    "Check a batch of features that follows n others with this mean."
+    if not torch.is_tensor(batch) or batch.ndim != 2:
+        raise TypeError("features must be a tensor of shape (n, F), or batches of it, "
+                        f"not {getattr(batch, 'shape', batch)!r}.")
+    if n and batch.shape[1] != len(mean):
+        raise ValueError(f"a batch of {batch.shape[1]} features after batches of {len(mean)}.")
+    finite = batch.isfinite().all(1)
+    if not finite.all():
+        raise ValueError(f"features of {(~finite).sum()} of {len(batch)} images are not finite; "
+                         f"the first is number {n + (~finite).nonzero()[0].item()}.")
 
 # %% ../../nbs/library/88_image_fid.ipynb #9b7edf10
 def _gaussian(mean, cov):
     "A Gaussian's mean, and an A with AAᵀ the covariance."
     mean, cov = (torch.as_tensor(q, dtype=torch.float64, device='cpu').detach() for q in (mean, cov))
-    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)): raise ValueError(f"expected a mean of shape (F,) and a covariance of shape (F, F), not {tuple(mean.shape)} and {tuple(cov.shape)}.")
-    if not mean.isfinite().all() or not cov.isfinite().all(): raise ValueError("a mean or a covariance is not finite.")
-    size = cov.abs().max()
-    if (cov - cov.T).abs().max() > 1e-6 * size: raise ValueError(f"a covariance is symmetric; this one differs from its transpose by {(cov - cov.T).abs().max():.3g}.")
+    _require_covariance(mean, cov)
     values, vectors = torch.linalg.eigh((cov + cov.T) / 2)
-    if values[0] < -1e-6 * size: raise ValueError(f"a covariance has no negative eigenvalue; this one has {values[0]:.3g}.")
-    return mean, vectors * values.where(values > len(values) * 2.**-52 * values[-1], 0.).sqrt()   # what is below the rounding of the largest is 0
+    _require_positive(values, cov)
+    rounding = len(values) * 2.**-52 * values[-1]
+    return mean, vectors * values.where(values > rounding, 0.).sqrt()
+
+def _require_covariance(mean, cov):
+    "Check the shapes and the numbers of a mean and a covariance."
+    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+        raise ValueError("expected a mean of shape (F,) and a covariance of shape (F, F), "
+                         f"not {tuple(mean.shape)} and {tuple(cov.shape)}.")
+    if not mean.isfinite().all() or not cov.isfinite().all():
+        raise ValueError("a mean or a covariance is not finite.")
+    skew = (cov - cov.T).abs().max()
+    if skew > 1e-6 * cov.abs().max():
+        raise ValueError(f"a covariance is symmetric; this one differs from its transpose by {skew:.3g}.")
+
+def _require_positive(values, cov):
+    "Check the eigenvalues of a covariance."
+    if values[0] < -1e-6 * cov.abs().max():
+        raise ValueError(f"a covariance has no negative eigenvalue; this one has {values[0]:.3g}.")
 
 # %% ../../nbs/library/88_image_fid.ipynb #300b2ff8
 def frechet_distance(mean_x, # shape (F,)
                      cov_x,  # shape (F, F); may be singular
                      mean_y, # shape (F,)
                      cov_y,  # shape (F, F)
-                    ) -> float: # squared, in squared units of the features; at least 0; raises ValueError
+                    ) -> float: # in squared units of the features; at least 0; raises ValueError
     "The squared Wasserstein-2 distance of two Gaussians, in float64; thesis (4.6)."
     (mean_x, a), (mean_y, b) = _gaussian(mean_x, cov_x), _gaussian(mean_y, cov_y)
-    if a.shape != b.shape: raise ValueError(f"the two have {len(mean_x)} and {len(mean_y)} features.")
+    if a.shape != b.shape:
+        raise ValueError(f"the two have {len(mean_x)} and {len(mean_y)} features.")
     u, _, v = torch.linalg.svd(b.T @ a)
     return ((mean_x - mean_y).square().sum() + (a - b @ u @ v).square().sum()).item()
 
 # %% ../../nbs/library/88_image_fid.ipynb #0439c604
-INCEPTION_FILE, INCEPTION_DIGEST, INCEPTION_DIMS = 'pt_inception-2015-12-05-6726825d.pth', '6726825d', (64, 192, 768, 2048)
+INCEPTION_FILE, INCEPTION_DIGEST = 'pt_inception-2015-12-05-6726825d.pth', '6726825d'
+INCEPTION_DIMS = (64, 192, 768, 2048)
 
 # %% ../../nbs/library/88_image_fid.ipynb #d4081a58
 def inception_file(weights=None,           # a file; default: the one in torch's folder of downloads
                    download: bool = False, # fetch it if it is not there?
                   ) -> Path:               # raises FileNotFoundError, or OSError if the download fails
     "Where the weights of FID's Inception network lie."
-    if weights is not None:
-        if Path(weights).is_file(): return Path(weights)
-        raise FileNotFoundError(f"there is no file of Inception weights at {str(weights)!r}. FID's own is called {INCEPTION_FILE}.")
+    if weights is not None: return _checked_file(weights)
     path = Path(torch.hub.get_dir()) / 'checkpoints' / INCEPTION_FILE
     if path.is_file(): return path
-    if not download: raise FileNotFoundError(f"FID needs the Inception weights {INCEPTION_FILE}, which are not in {str(path.parent)!r}. Put the file there, or give its place (weights=...), or allow to fetch its 95 MB (download=True).")
+    if not download: raise FileNotFoundError(_no_weights(path))
+    return _downloaded(path)
+
+def _checked_file(weights):
+    "A file of weights that the user names."
+    if Path(weights).is_file(): return Path(weights)
+    raise FileNotFoundError(f"there is no file of Inception weights at {str(weights)!r}. "
+                            f"FID's own is called {INCEPTION_FILE}.")
+
+def _no_weights(path):
+    return (f"FID needs the Inception weights {INCEPTION_FILE}, which are not in {str(path.parent)!r}. "
+            "Put the file there, or give its place (weights=...), "
+            "or allow to fetch its 95 MB (download=True).")
+
+def _downloaded(path):
+    "The official file, fetched and checked."
     from pytorch_fid.inception import FID_WEIGHTS_URL
-    try: path.parent.mkdir(parents=True, exist_ok=True); torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(path), hash_prefix=INCEPTION_DIGEST)
-    except (OSError, RuntimeError) as e: raise OSError(f"the download of {FID_WEIGHTS_URL} failed: {e}. Fetch it elsewhere and give its place (weights=...).") from e
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(path), hash_prefix=INCEPTION_DIGEST)
+    except (OSError, RuntimeError) as e:
+        raise OSError(f"the download of {FID_WEIGHTS_URL} failed: {e}. "
+                      "Fetch it elsewhere and give its place (weights=...).") from e
     return path
 
 # %% ../../nbs/library/88_image_fid.ipynb #8f254742
 def inception(weights=None,           # a file; default: the one in torch's folder of downloads
-              device='cpu',           # where the network shall work
+              device='cpu',           # where the network works
               dims: int = 2048,       # features: 64, 192, 768 or 2048
               download: bool = False, # fetch the weights if they are not there?
-             ) -> nn.Module:          # with `digest` and `dims`; raises FileNotFoundError, OSError or ValueError
+             ) -> nn.Module:          # with `digest` and `dims`; raises ValueError, or as `inception_file`
     "FID's Inception network, as pytorch-fid builds it."
-    from unittest.mock import patch
-    if dims not in INCEPTION_DIMS: raise ValueError(f"dims must be one of {', '.join(map(str, INCEPTION_DIMS))}, not {dims!r}.")
+    if dims not in INCEPTION_DIMS:
+        raise ValueError(f"dims must be one of {', '.join(map(str, INCEPTION_DIMS))}, not {dims!r}.")
     path = inception_file(weights, download)
     content = path.read_bytes()
-    try: state = torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
-    except Exception as e: raise ValueError(f"{str(path)!r} cannot be read as a file of weights; is it damaged? ({type(e).__name__})") from e
-    import pytorch_fid.inception as theirs
-    try:
-        with torch.random.fork_rng(devices=[]), patch.object(theirs, 'load_state_dict_from_url', lambda *_, **__: state): net = theirs.InceptionV3([theirs.InceptionV3.BLOCK_INDEX_BY_DIM[dims]])
-    except (RuntimeError, TypeError, AttributeError) as e: raise ValueError(f"{str(path)!r} does not hold the weights of pytorch-fid's Inception network: {' '.join(str(e).split())[:200]}") from e
+    net = _built(_read_weights(path, content), path, dims)
     net.digest, net.dims = hashlib.sha256(content).hexdigest()[:8], dims
     return net.eval().to(device)
 
-# %% ../../nbs/library/88_image_fid.ipynb #2ed4f45d
-def require_images(name, images, levels=256, least=1, channels=None):
-    "Refuse what is no set of images with values of 0 to levels - 1."
-    if torch.is_tensor(images) and images.is_floating_point(): raise TypeError(f"{name} must be a uint8 tensor, not {images.dtype}: `quantize` of lfdm.images.data makes bytes of numbers in [-1, 1].")
-    try: require_bytes(images, levels)
-    except (TypeError, ValueError) as e: raise type(e)(f"{name}: {e}") from None
-    if images.ndim != 4 or 0 in images.shape[1:]: raise ValueError(f"{name} must have shape (n, C, H, W), not {tuple(images.shape)}.")
-    if len(images) < least: raise ValueError(f"{name}: {len(images)} images are too few; at least {least} are needed.")
-    if channels and images.shape[1] not in channels: raise ValueError(f"{name} must have {' or '.join(map(str, channels))} channels, not {images.shape[1]}.")
+def _read_weights(path, content):
+    "The tensors in a file; nothing in it is run."
+    try: return torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
+    except Exception as e:
+        raise ValueError(f"{str(path)!r} cannot be read as a file of weights; is it damaged? "
+                         f"({type(e).__name__})") from e
+
+def _built(state, path, dims):
+    "pytorch-fid's network with these weights in place of a download."
+    from unittest.mock import patch
+
+    import pytorch_fid.inception as theirs
+    block = theirs.InceptionV3.BLOCK_INDEX_BY_DIM[dims]
+    ours = patch.object(theirs, 'load_state_dict_from_url', lambda *_, **__: state)
+    try:
+        with torch.random.fork_rng(devices=[]), ours: return theirs.InceptionV3([block])
+    except (RuntimeError, TypeError, AttributeError) as e:
+        said = ' '.join(str(e).split())[:200]
+        raise ValueError(f"{str(path)!r} does not hold the weights of pytorch-fid's Inception network: "
+                         f"{said}") from e
 
 # %% ../../nbs/library/88_image_fid.ipynb #1c40f88f
 def _inception_features(net, images, levels, batch_size, progress, done, total):
@@ -120,26 +169,29 @@ def _inception_features(net, images, levels, batch_size, progress, done, total):
         if progress: progress('fid', done, total)
 
 # %% ../../nbs/library/88_image_fid.ipynb #21115775
-def fid(samples: torch.Tensor,   # generated images, uint8, shape (n, 1 or 3, H, W)
-        reference: torch.Tensor, # real images, uint8, shape (m, 1 or 3, H', W')
-        weights=None,            # a file; default: the one in torch's folder of downloads
-        device='cpu',            # where the network shall work
-        batch_size: int = 50,    # images at once
-        progress=None,           # progress(phase, done, total)
-        dims: int = 2048,        # features: 64, 192, 768 or 2048
-        levels: int = 256,       # a pixel's values
-        download: bool = False,  # fetch the weights if they are not there?
+def fid(samples: torch.Tensor,        # generated images, uint8, shape (n, 1 or 3, H, W)
+        reference: torch.Tensor,      # real images, uint8, shape (m, 1 or 3, H', W')
+        weights=None,                 # a file; default: the one in torch's folder of downloads
+        device='cpu',                 # where the network works
+        batch_size: int = 50,         # images at once
+        progress=None,                # progress(phase, done, total)
+        dims: int = 2048,             # features: 64, 192, 768 or 2048
+        levels: int = 256,            # a pixel's values
+        download: bool = False,       # fetch the weights if they are not there?
         of: str = 'reference images', # what the reference is, for the record
-       ) -> dict:                # measure, value, n, reference, reference_n, weights, dims; raises TypeError, ValueError or FileNotFoundError
-    "The Fréchet distance of two sets of images in Inception features: FID with the official weights; thesis (4.6)."
-    for name, images in (('samples', samples), ('reference', reference)): require_images(name, images, levels, 2, (1, 3))
+       ) -> dict:                     # value and conditions; raises TypeError, ValueError, FileNotFoundError
+    "The Fréchet distance in Inception features: FID if the weights are the official ones; thesis (4.6)."
+    require_images('samples', samples, levels, 2, (1, 3))
+    require_images('reference', reference, levels, 2, (1, 3))
     batch_size = number('batch_size', batch_size, low=1, integer=True)
-    net, total = inception(weights, device, dims, download), len(samples) + len(reference)
-    x = moments(_inception_features(net, samples, levels, batch_size, progress, 0, total))
-    y = moments(_inception_features(net, reference, levels, batch_size, progress, len(samples), total))
+    n, m = len(samples), len(reference)
+    net = inception(weights, device, dims, download)
+    x = moments(_inception_features(net, samples, levels, batch_size, progress, 0, n + m))
+    y = moments(_inception_features(net, reference, levels, batch_size, progress, n, n + m))
     official = net.digest == INCEPTION_DIGEST and dims == 2048
-    return {'measure': 'FID' if official else f'Fréchet distance in {dims} Inception features of weights {net.digest}', 'value': frechet_distance(*x, *y),
-            'n': len(samples), 'reference': of, 'reference_n': len(reference), 'weights': net.digest, 'dims': dims}
+    measure = 'FID' if official else f'Fréchet distance in {dims} Inception features of weights {net.digest}'
+    return {'measure': measure, 'value': frechet_distance(*x, *y), 'n': n,
+            'reference': of, 'reference_n': m, 'weights': net.digest, 'dims': dims}
 
 # %% ../../nbs/library/88_image_fid.ipynb #a7078bfc
 def stated(report: dict,   # of `fid`, `feature_distance` or `ImageBound.report`
@@ -150,9 +202,13 @@ def stated(report: dict,   # of `fid`, `feature_distance` or `ImageBound.report`
            **more,         # whatever else belongs to it
           ) -> str:        # one line
     "A measured number together with all it depends on."
-    if 'total' in report: text = f"{report['total']:.3f} ± {report['se']:.3f} bits/dim, n = {report['n']:,}"
-    else:
-        noise = f" (real images {report['noise']:.4g} ± {report['noise_sd']:.2g})" if 'noise' in report else ''
-        text = f"{report['measure']} {report['value']:.4g}{noise}, n = {report['n']:,} against {report['reference_n']:,} of {report['reference']}, {report['dims']} features, weights {report['weights']}"
+    text = _stated_bound(report) if 'total' in report else _stated_distance(report)
     given = {'sampler': sampler, 'steps': steps, 'EMA': 'none' if ema is None else ema, 'seed': seed} | more
     return f"{text}; {', '.join(f'{k} {v}' for k, v in given.items() if v is not None)}"
+
+def _stated_bound(r): return f"{r['total']:.3f} ± {r['se']:.3f} bits/dim, n = {r['n']:,}"
+
+def _stated_distance(r):
+    noise = f" (real images {r['noise']:.4g} ± {r['noise_sd']:.2g})" if 'noise' in r else ''
+    return (f"{r['measure']} {r['value']:.4g}{noise}, n = {r['n']:,} against {r['reference_n']:,} "
+            f"of {r['reference']}, {r['dims']} features, weights {r['weights']}")
