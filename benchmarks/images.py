@@ -166,7 +166,8 @@ def main():
     parser.add_argument("--compile", action="store_true")
     compiling = DEVICE == "cuda" or parser.parse_args().compile
     peers, missing = {"diffusers": diffusers, "denoising-diffusion-pytorch": denoising}, ""
-    try: import denoising_diffusion_pytorch  # noqa: F401
+    try:
+        import denoising_diffusion_pytorch  # noqa: F401
     except ImportError as error:
         del peers["denoising-diffusion-pytorch"]
         missing = f" Left out: denoising-diffusion-pytorch ({error})."
