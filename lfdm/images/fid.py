@@ -17,7 +17,7 @@ from torch import nn
 from ..core import number
 from .data import require_images
 
-# %% ../../nbs/library/83_image_fid.ipynb #a86796f4
+# %% ../../nbs/library/83_image_fid.ipynb #fd0544ba
 def moments(features, # shape (n, F), or its batches one after the other
            ) -> tuple: # (mean (F,), covariance (F, F)), in float64 on the CPU; raises TypeError or ValueError
     "Mean and unbiased covariance of features, batch by batch."
@@ -33,6 +33,7 @@ def moments(features, # shape (n, F), or its batches one after the other
     if n < 2: raise ValueError(f"a covariance needs at least 2 samples, not {n}.")
     return mean, scatter / (n - 1)
 
+# %% ../../nbs/library/83_image_fid.ipynb #a86796f4
 def _require_features(batch, n, mean):
     "Check a batch of features that follows n others with this mean."
     if not torch.is_tensor(batch) or batch.ndim != 2:
@@ -45,7 +46,7 @@ def _require_features(batch, n, mean):
         raise ValueError(f"features of {(~finite).sum()} of {len(batch)} images are not finite; "
                          f"the first is number {n + (~finite).nonzero()[0].item()}.")
 
-# %% ../../nbs/library/83_image_fid.ipynb #9b7edf10
+# %% ../../nbs/library/83_image_fid.ipynb #7b137d37
 def _gaussian(mean, cov):
     "A Gaussian's mean, and an A with AAᵀ the covariance."
     mean, cov = (torch.as_tensor(q, dtype=torch.float64, device='cpu').detach() for q in (mean, cov))
@@ -55,6 +56,7 @@ def _gaussian(mean, cov):
     rounding = len(values) * 2.**-52 * values[-1]
     return mean, vectors * values.where(values > rounding, 0.).sqrt()
 
+# %% ../../nbs/library/83_image_fid.ipynb #9b7edf10
 def _require_covariance(mean, cov):
     "Check the shapes and the numbers of a mean and a covariance."
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
@@ -88,7 +90,7 @@ def frechet_distance(mean_x, # shape (F,)
 INCEPTION_FILE, INCEPTION_DIGEST = 'pt_inception-2015-12-05-6726825d.pth', '6726825d'
 INCEPTION_DIMS = (64, 192, 768, 2048)
 
-# %% ../../nbs/library/83_image_fid.ipynb #d4081a58
+# %% ../../nbs/library/83_image_fid.ipynb #f673b84a
 def inception_file(weights=None,           # a file; default: the one in torch's folder of downloads
                    download: bool = False, # fetch it if it is not there?
                   ) -> Path:               # raises FileNotFoundError, or OSError if the download fails
@@ -105,6 +107,7 @@ def _checked_file(weights):
     raise FileNotFoundError(f"there is no file of Inception weights at {str(weights)!r}. "
                             f"FID's own is called {INCEPTION_FILE}.")
 
+# %% ../../nbs/library/83_image_fid.ipynb #d4081a58
 def _no_weights(path):
     return (f"FID needs the Inception weights {INCEPTION_FILE}, which are not in {str(path.parent)!r}. "
             "Put the file there, or give its place (weights=...), "
@@ -121,7 +124,7 @@ def _downloaded(path):
                       "Fetch it elsewhere and give its place (weights=...).") from e
     return path
 
-# %% ../../nbs/library/83_image_fid.ipynb #8f254742
+# %% ../../nbs/library/83_image_fid.ipynb #0bc9b13c
 def inception(weights=None,           # a file; default: the one in torch's folder of downloads
               device='cpu',           # where the network works
               dims: int = 2048,       # features: 64, 192, 768 or 2048
@@ -136,6 +139,7 @@ def inception(weights=None,           # a file; default: the one in torch's fold
     net.digest, net.dims = hashlib.sha256(content).hexdigest()[:8], dims
     return net.eval().to(device)
 
+# %% ../../nbs/library/83_image_fid.ipynb #f1ff8b87
 def _read_weights(path, content):
     "The tensors in a file; nothing in it is run."
     try: return torch.load(io.BytesIO(content), map_location='cpu', weights_only=True)
@@ -143,6 +147,7 @@ def _read_weights(path, content):
         raise ValueError(f"{str(path)!r} cannot be read as a file of weights; is it damaged? "
                          f"({type(e).__name__})") from e
 
+# %% ../../nbs/library/83_image_fid.ipynb #8f254742
 def _built(state, path, dims):
     "pytorch-fid's network with these weights in place of a download."
     from unittest.mock import patch
@@ -193,7 +198,7 @@ def fid(samples: torch.Tensor,        # generated images, uint8, shape (n, 1 or 
     return {'measure': measure, 'value': frechet_distance(*x, *y), 'n': n,
             'reference': of, 'reference_n': m, 'weights': net.digest, 'dims': dims}
 
-# %% ../../nbs/library/83_image_fid.ipynb #a7078bfc
+# %% ../../nbs/library/83_image_fid.ipynb #2dbb5337
 def stated(report: dict,   # of `fid`, `feature_distance` or `ImageBound.report`
            *, sampler,     # what made the samples, e.g. 'ancestral'; None where there are none
            steps,          # of the sampler; None where there are none
@@ -206,6 +211,7 @@ def stated(report: dict,   # of `fid`, `feature_distance` or `ImageBound.report`
     given = {'sampler': sampler, 'steps': steps, 'EMA': 'none' if ema is None else ema, 'seed': seed} | more
     return f"{text}; {', '.join(f'{k} {v}' for k, v in given.items() if v is not None)}"
 
+# %% ../../nbs/library/83_image_fid.ipynb #a7078bfc
 def _stated_bound(r): return f"{r['total']:.3f} ± {r['se']:.3f} bits/dim, n = {r['n']:,}"
 
 def _stated_distance(r):
