@@ -1,17 +1,23 @@
 """How fast is a training step of the UNet? Ratios in one run, on the machine it runs on.
 
     .venv/bin/python benchmarks/images.py             # about three minutes; writes benchmarks/images.md
-    .venv/bin/python benchmarks/images.py --compile   # also torch.compile, which takes minutes of a CPU for a network; a GPU always has it
+    .venv/bin/python benchmarks/images.py --compile   # also torch.compile: minutes of a CPU for each network
 
-Whole steps (forward, mean squared error, backward, fused Adam), float32 on a CPU and bfloat16 autocast on a GPU, contiguous and channels_last:
+A GPU always has the compiled ones. Whole steps (forward, mean squared error, backward, fused Adam),
+float32 on a CPU and bfloat16 autocast on a GPU, contiguous and channels_last:
 
 - lfdm's UNet;
-- diffusers' UNet2DModel, the same multipliers, layers and attention; its up blocks have one resnet block more, and a skip for each;
-- denoising-diffusion-pytorch's Unet, the same multipliers; two resnet blocks a level down and up, and attention in every one (linear, full in the last): it cannot do without.
-  Not needed by anything else: pip install --no-deps denoising-diffusion-pytorch einops ema-pytorch. Without it the table has a contestant less.
+- diffusers' UNet2DModel, the same multipliers, layers and attention; its up blocks have one resnet block
+  more, and a skip for each;
+- denoising-diffusion-pytorch's Unet, the same multipliers; two resnet blocks a level down and up, and
+  attention in every one (linear, full in the last), which it always has. Nothing else needs it:
+  pip install --no-deps denoising-diffusion-pytorch einops ema-pytorch
+  Without it the table has a contestant less.
 
-The peers are made as wide as gives lfdm's number of parameters, within 5 %. Parameters are not operations: the table counts both, and the last column says how near a step comes to
-the arithmetic alone, its counted operations at the fastest matrix product measured in the same round. The contestants take turns, round by round; the table has the medians.
+The peers are made as wide as gives lfdm's number of parameters, within 5 %. Parameters are not operations:
+the table counts both, and the last column says how near a step comes to the arithmetic alone, its counted
+operations at the fastest matrix product measured in the same round. The contestants take turns, round by
+round; the table has the medians.
 """
 import argparse
 import math
@@ -51,9 +57,12 @@ def diffusers(options, width, spare):
     at = {"all": range(blocks), "mid": (), "none": ()}.get(options["attention"], options["attention"])
     kinds = ["Attn" * (i in at) for i in range(blocks)]
     widths = tuple(width * m for m in options["multipliers"])
-    return Net(in_channels=options["channels"], out_channels=options["channels"], block_out_channels=widths, layers_per_block=options["layers"],
-               down_block_types=tuple(f"{k}DownBlock2D" for k in kinds), up_block_types=tuple(f"{k}UpBlock2D" for k in kinds[::-1]),
-               norm_num_groups=math.gcd(32, *widths), attention_head_dim=None, time_embedding_dim=spare * options["width"], add_attention=options["attention"] != "none")
+    return Net(in_channels=options["channels"], out_channels=options["channels"],
+               block_out_channels=widths, layers_per_block=options["layers"],
+               down_block_types=tuple(f"{k}DownBlock2D" for k in kinds),
+               up_block_types=tuple(f"{k}UpBlock2D" for k in kinds[::-1]),
+               norm_num_groups=math.gcd(32, *widths), attention_head_dim=None,
+               time_embedding_dim=spare * options["width"], add_attention=options["attention"] != "none")
 
 
 def denoising(options, width, spare):
@@ -63,15 +72,17 @@ def denoising(options, width, spare):
     class Net(Unet):
         def forward(self, z, u): return super().forward(z, 1000 * u)
 
-    return Net(width, channels=options["channels"], dim_mults=options["multipliers"], attn_heads=1, attn_dim_head=8 * spare)
+    return Net(width, channels=options["channels"], dim_mults=options["multipliers"],
+               attn_heads=1, attn_dim_head=8 * spare)
 
 
 def fitted(build, options, target):
-    "The network of the target's number of parameters within 5 %: of the roundest widths, as near as they allow."
+    "The network of the target's number of parameters within 5 %, of the roundest width that allows it."
     def distance(choice):
         with torch.device("meta"): return abs(parameters(build(options, *choice)) / target - 1)
     for unit in (8, 4, 2):
-        choice = min(product(range(unit, 2 * options["width"], unit), (2, 3, 4, 6, 8)), key=distance)
+        choices = product(range(unit, 2 * options["width"], unit), (2, 3, 4, 6, 8))
+        choice = min(choices, key=distance)
         if distance(choice) <= 0.05: return build(options, *choice)
     raise RuntimeError(f"{build.__name__} has no width that gives {target:,} parameters within 5 %.")
 
@@ -108,7 +119,8 @@ class Contestant:
         for _ in range(2): self.step()
 
     def loss(self, net):
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"): return (net(self.z, self.u).float() - self.z).square().mean()
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"): y = net(self.z, self.u)
+        return (y.float() - self.z).square().mean()
 
     def step(self):
         self.optimizer.zero_grad()
@@ -121,39 +133,56 @@ def table(title, contestants, batch, steps):
     times, limits = {name: [] for name in contestants}, []
     for _ in range(ROUNDS):
         limits.append(peak())
-        for name, c in contestants.items(): times[name].append(seconds(lambda: [c.step() for _ in range(steps)]) / steps)
+        for name, c in contestants.items():
+            times[name].append(seconds(lambda: [c.step() for _ in range(steps)]) / steps)
         print(".", end="", flush=True)
     median, limit = {name: statistics.median(t) for name, t in times.items()}, statistics.median(limits)
-    reference = median["diffusers, contiguous"]
-    rows = ["| | parameters | GFLOP a step | images/s | times diffusers | of the arithmetic's speed |", "|---|---:|---:|---:|---:|---:|"]
-    rows += [f"| {name}{f' (first step {c.first:.0f} s)' * ('compiled' in name)} | {parameters(c.net):,} | {c.flops / 1e9:.2f} | {batch / median[name]:.0f} | {reference / median[name]:.2f} | "
-             f"{100 * c.flops / limit / median[name]:.0f} % |" for name, c in contestants.items()]
+    rows = ["| | parameters | GFLOP a step | images/s | times diffusers | of the arithmetic's speed |",
+            "|---|---:|---:|---:|---:|---:|"]
+    for name, c in contestants.items():
+        first = f" (first step {c.first:.0f} s)" if "compiled" in name else ""
+        ratio, speed = median["diffusers, contiguous"] / median[name], 100 * c.flops / limit / median[name]
+        rows.append(f"| {name}{first} | {parameters(c.net):,} | {c.flops / 1e9:.2f} "
+                    f"| {batch / median[name]:.0f} | {ratio:.2f} | {speed:.0f} % |")
     return f"## {title}\n\n" + "\n".join(rows) + f"\n\nFastest matrix product: {limit / 1e9:.0f} GFLOP/s.\n"
+
+
+def contestants_of(words, channels, size, batch, peers, compiling):
+    "All that take part, by name: lfdm's network and peers of its size."
+    z = torch.randn(batch, channels, size, size, device=DEVICE)
+    options = unet(words, channels, size).options
+    nets = {"lfdm": lambda: unet(words, channels, size)}
+    target = parameters(nets["lfdm"]())
+    nets |= {name: partial(fitted, build, options, target) for name, build in peers.items()}
+    found = {f"{name}, {form}": Contestant(build(), z, FORMATS[form], False)
+             for name, build in nets.items() for form in FORMATS}
+    if not compiling: return found
+    return found | {f"{name}, channels_last, compiled": Contestant(build(), z, torch.channels_last, True)
+                    for name, build in nets.items()}
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--compile", action="store_true")
     compiling = DEVICE == "cuda" or parser.parse_args().compile
-    try: import denoising_diffusion_pytorch; peers, missing = dict(diffusers=diffusers, denoising=denoising), ""
+    peers, missing = {"diffusers": diffusers, "denoising-diffusion-pytorch": denoising}, ""
+    try:
+        import denoising_diffusion_pytorch  # noqa: F401
     except ImportError as error:
-        peers, missing = dict(diffusers=diffusers), f" Left out: denoising-diffusion-pytorch ({error})."
+        del peers["denoising-diffusion-pytorch"]
+        missing = f" Left out: denoising-diffusion-pytorch ({error})."
         print(missing)
     tables = []
     for title, (words, channels, size, cpu, gpu) in SETTINGS.items():
         torch.manual_seed(0)
         batch, steps = gpu if DEVICE == "cuda" else cpu
-        z = torch.randn(batch, channels, size, size, device=DEVICE)
-        options = unet(words, channels, size).options
-        nets = {"lfdm": lambda: unet(words, channels, size)}
-        target = parameters(nets["lfdm"]())
-        nets |= {dict(denoising="denoising-diffusion-pytorch").get(name, name): partial(fitted, build, options, target) for name, build in peers.items()}
-        contestants = {f"{name}, {form}": Contestant(build(), z, FORMATS[form], False) for name, build in nets.items() for form in FORMATS}
-        if compiling: contestants |= {f"{name}, channels_last, compiled": Contestant(build(), z, torch.channels_last, True) for name, build in nets.items()}
+        contestants = contestants_of(words, channels, size, batch, peers, compiling)
         tables.append(table(f"{title}: {size}×{size}×{channels}, batch {batch}", contestants, batch, steps))
     threads = torch.get_num_threads()
-    how = "bfloat16 autocast, " + torch.cuda.get_device_name() if DEVICE == "cuda" else f"float32, {threads} thread{'s' * (threads > 1)}, {platform.machine()}"
-    about = f"Written by `benchmarks/images.py`: {how}, torch {torch.__version__.split('+')[0]}; medians of {ROUNDS} rounds, in turns. Only the ratios mean anything elsewhere.{missing}"
+    how = f"float32, {threads} thread{'s' * (threads > 1)}, {platform.machine()}"
+    if DEVICE == "cuda": how = "bfloat16 autocast, " + torch.cuda.get_device_name()
+    about = (f"Written by `benchmarks/images.py`: {how}, torch {torch.__version__.split('+')[0]}; medians of "
+             f"{ROUNDS} rounds, in turns. Only the ratios mean anything elsewhere.{missing}")
     text = "# Training steps of the UNet\n\n" + "\n".join(tables) + f"\n{about}\n"
     print("\n\n" + text)
     Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")

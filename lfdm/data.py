@@ -165,7 +165,8 @@ def checked_scale(name: str,        # 'alpha' or 'sigma'
 
 _BOTH_ZERO = "alpha and sigma must not both be 0."
 
-def checked_scales(alpha, sigma,     # scales, as above
+def checked_scales(alpha,            # signal scale, as above
+                   sigma,            # noise scale, as above
                    z: torch.Tensor,  # shape (n, D)
                   ) -> tuple:        # two columns; raises ValueError
     "Both scales, not 0 at once."
@@ -173,8 +174,9 @@ def checked_scales(alpha, sigma,     # scales, as above
     if ((alpha == 0) & (sigma == 0)).any(): raise ValueError(_BOTH_ZERO)
     return alpha, sigma
 
-def checked_level(alpha, sigma,  # numbers
-                 ) -> tuple:     # two floats; raises TypeError or ValueError
+def checked_level(alpha,      # a number
+                  sigma,      # a number
+                 ) -> tuple:  # two floats; raises TypeError or ValueError
     "The two scales of one noise level."
     alpha, sigma = number('alpha', alpha, low=0), number('sigma', sigma, low=0)
     if alpha == sigma == 0: raise ValueError(_BOTH_ZERO)

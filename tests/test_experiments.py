@@ -1,7 +1,6 @@
-"Every study runs from top to bottom at the smoke scale, made for this test alone, and leaves the repository as it was."
+"Every study runs from top to bottom at the smoke scale, and leaves the repository as it was."
 import subprocess
 import tempfile
-from pathlib import Path
 
 import pytest
 
@@ -10,7 +9,7 @@ from tree import ROOT, name, notebooks
 
 EXPERIMENTS = ROOT / "nbs/experiments"
 DRAWN = ("thesis.ipynb", "verdicts.ipynb")   # from the record that thesis_runs.ipynb leaves
-COMMAND = "thesis_runs.ipynb"                # by papermill's command, as `make figures` does; the others without the seconds that a kernel takes to start
+COMMAND = "thesis_runs.ipynb"                # by papermill's command, as `make figures` does
 STUDIES = [path for path in notebooks() if path.parent == EXPERIMENTS]
 BEFORE = {}
 
@@ -18,14 +17,16 @@ BEFORE = {}
 def state():
     "The files that a study of the full scale writes, with their times. (runs/train belongs to the main job.)"
     files = (path for folder in ("figures", "records", "runs") for path in (ROOT / folder).rglob("*"))
-    return {path: path.stat().st_mtime_ns for path in files if path.is_file() and ROOT / "runs/train" not in path.parents}
+    kept = (path for path in files if path.is_file() and ROOT / "runs/train" not in path.parents)
+    return {path: path.stat().st_mtime_ns for path in kept}
 
 
 def jobs():
     "All studies; those that fail, as they should, by the command: what it says is what a user sees."
     BEFORE.update(state())
     empty = tempfile.mkdtemp()
-    made = [job(name(path), path, dict(scale="smoke"), command=path.name == COMMAND, late=path.name in DRAWN) for path in STUDIES]
+    made = [job(name(path), path, dict(scale="smoke"), command=path.name == COMMAND, late=path.name in DRAWN)
+            for path in STUDIES]
     return made + [job("wrong", STUDIES[0], dict(scale="smok"), command=True, LFDM_RUNS=empty),
                    job("missing", EXPERIMENTS / DRAWN[0], dict(scale="smoke"), command=True, LFDM_RUNS=empty)]
 
@@ -47,10 +48,13 @@ def test_a_wrong_scale_is_named(outcomes):
 
 def test_a_missing_record_is_named_with_what_makes_it(outcomes):
     done = outcomes["missing"]
-    assert done["status"] != 0 and "no record of study 'thesis'" in done["said"] and "Make it: make figures scale=smoke" in done["said"]
+    assert done["status"] != 0 and "no record of study 'thesis'" in done["said"]
+    assert "Make it: make figures scale=smoke" in done["said"]
 
 
 @pytest.mark.parametrize("goal", ["figures", "draw"])
 def test_make_refuses_an_unknown_scale_before_any_work(goal):
-    done = subprocess.run(["make", "--silent", "--old-file=.venv/ready", goal, "scale=smal"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0 and "scale is full or quick, not smal." in done.stderr and "papermill" not in done.stdout
+    command = ["make", "--silent", "--old-file=.venv/ready", goal, "scale=smal"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and "scale is full or quick, not smal." in done.stderr
+    assert "papermill" not in done.stdout

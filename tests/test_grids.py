@@ -3,6 +3,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from lfdm import grids
 from lfdm.data import DATASETS, GaussianMixture
 from lfdm.grids import grid, make_grid
 from lfdm.parameters import Parameters
@@ -60,12 +61,12 @@ def test_a_killed_grid_loses_nothing_and_ends_the_same(death, tmp_path, never_ki
 
 
 def test_a_grid_killed_between_the_records_of_a_stack_ends_the_same(tmp_path, never_killed, monkeypatch):
-    from lfdm import runs
-    record, made = runs._record, []
-    def dying(work, p, *rest):
+    record, made = grids.write_record, []
+    def dying(work, task, *rest, **environment):
         if made: raise Killed
-        made.append(p); record(work, p, *rest)
-    monkeypatch.setattr(runs, "_record", dying)
+        made.append(task.parameters)
+        record(work, task, *rest, **environment)
+    monkeypatch.setattr(grids, "write_record", dying)
     with pytest.raises(Killed): make_grid(list(never_killed), root=tmp_path, stack=2)
     monkeypatch.undo()
     before = (folder_of(made[0], root=tmp_path) / "params.json").read_bytes()

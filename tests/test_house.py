@@ -174,6 +174,14 @@ def test_no_line_of_code_is_wide():
     assert not wide, f"{len(wide)} lines of more than {WIDTH} characters:\n" + "\n".join(wide)
 
 
+def test_the_sidebar_lists_every_notebook():
+    "The library in the order of its numbers."
+    listed = re.findall(r"- (\S+\.ipynb)", (ROOT / "nbs/sidebar.yml").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(str(path.relative_to(ROOT / "nbs")) for path in notebooks())
+    library = [page for page in listed if page.startswith("library/")]
+    assert library == sorted(library)
+
+
 def test_train_has_parameters():
     "papermill needs the tag `parameters`: without it every run silently takes the defaults."
     code = cells(ROOT / "nbs/train.ipynb", "code")
@@ -264,6 +272,9 @@ def undocumented(f):
     bases = f.__mro__[1:] if dataclasses.is_dataclass(f) else []
     bases = [base for base in bases if dataclasses.is_dataclass(base) and "__init__" in vars(base)]
     inherited = {n for base in bases for n, note in docments(base, returns=False).items() if note}
+    contracts = [c for c in vars(sys.modules[f.__module__]).values()
+                 if getattr(c, "_is_protocol", False) and c.__module__ == f.__module__]
+    inherited |= {n for c in contracts for n, note in docments(c.__call__, returns=False).items() if note}
     return [n for n, note in notes.items() if not note and n not in {"self", "cls"} | variable | inherited]
 
 

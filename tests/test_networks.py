@@ -59,7 +59,7 @@ def test_a_stack_gives_values_and_gradients_of_its_networks(m, sizes):
 
 
 def test_a_stack_copies_and_alone_does_not():
-    "what comes in and what `network` gives out are copies; `alone` follows the stack; nothing random is drawn"
+    "what comes in and what `network` gives out are copies; `alone` follows the stack; nothing is random"
     nets, (z, u) = [seeded(i, 2, 8) for i in range(2)], points(2)
     state = torch.get_rng_state()
     stack = StackedMLP(nets)

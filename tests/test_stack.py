@@ -63,7 +63,7 @@ def test_losses_are_alike_if_all_digits_of_their_options_are():
     assert alike([DiffusionLoss("adaptive", "v", "sigmoid")] * 2) == [slice(0, 1), slice(1, 2)]
 
 
-@pytest.mark.parametrize("kind, registry", enumerate(REGISTRIES), ids=["schedule", "target", "weighting"])
+@pytest.mark.parametrize("kind, registry", [*enumerate(REGISTRIES)], ids=["schedule", "target", "weight"])
 def test_every_entry_of_a_registry_is_like_itself_alone(kind, registry):
     def losses():
         for name, entry in registry.items():

@@ -204,7 +204,8 @@ def test_what_cannot_be_judged_is_refused():
     for points in (2, 2.5, '9', True):
         with pytest.raises((TypeError, ValueError), match='points must be'):
             rising_intervals('cosine', 'eps', 'nelbo', points=points)
-    with pytest.raises(ValueError, match='finite range'): rising_intervals('cosine(-inf, inf)', 'eps', 'nelbo')
+    with pytest.raises(ValueError, match='finite range'):
+        rising_intervals('cosine(-inf, inf)', 'eps', 'nelbo')
 
 
 @pytest.mark.parametrize('schedule', [s for s in SCHEDULES if s != 'adaptive'])

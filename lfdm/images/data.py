@@ -332,11 +332,11 @@ def _image_array(image, size):
     if size is not None: image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     return np.atleast_3d(np.asarray(image))
 
-# %% ../../nbs/library/52_image_data.ipynb #17613e46
+# %% ../../nbs/library/52_image_data.ipynb #11c66248
 def decode(files: list,         # of images of one mode, 'L' or 'RGB', and one size
            size: int = None,    # cut to the central square and resize to this; then any sizes will do
            threads: int = None, # default: one for each processor, at most 8
-          ) -> tuple:           # (images, uint8 (n, C, H, W); may any be compressed with loss?); raises ValueError
+          ) -> tuple:           # (uint8 (n, C, H, W), may any be compressed with loss?); raises ValueError
     "Image files as one tensor of bytes."
     from PIL import Image
     from tqdm import tqdm
@@ -362,13 +362,14 @@ def decode(files: list,         # of images of one mode, 'L' or 'RGB', and one s
     _require_one_kind(files, [own for own, _, _ in found], example, kind, size)
     return images.permute(0, 3, 1, 2).contiguous(), any(lossy for _, lossy, _ in found)
 
+# %% ../../nbs/library/52_image_data.ipynb #17613e46
 def _alike(kind, other, size):
     "Do two kinds agree? With a size to cut and resize to, their own sizes may differ."
     return kind.mode == other.mode and (size is not None or kind.size == other.size)
 
 # %% ../../nbs/library/52_image_data.ipynb #65ffde8f
 class ImageFolder(ImageSet):
-    "The images of a folder: train/ and test/, or one of which a sixth is for testing; in class folders or not."
+    "The images of a folder: train/ and test/, or one of which a sixth is for testing; with classes or not."
     name = 'folder'
 
     def __init__(self,

@@ -54,7 +54,7 @@ def cell_integrals(z: torch.Tensor, # noisy values, float64, any shape
                    alpha,           # scale of the signal, to broadcast with z
                    sigma,           # scale of the noise, above 0, to broadcast with z
                    levels: int,     # L
-                  ) -> tuple:       # (log of a common factor, shape of z; I_b and J_b without it, shape (..., L))
+                  ) -> tuple:       # (log of a common factor, z's shape; I_b and J_b without it, (..., L))
     "For each cell of the bytes: what a noisy value says of its probability, and of the place in it."
     number64 = lambda a: torch.as_tensor(a, dtype=torch.float64, device=z.device)[..., None]
     z, alpha, sigma, h = z[..., None], number64(alpha), number64(sigma), 2 / levels
@@ -158,7 +158,7 @@ class Templates(ImageSet):
     def bits_per_dim(self,
                      images=None, # bytes, uint8 (n, 1, 8, 8); default: the test images
                     ) -> tuple:   # (mean, standard error), in bits per dimension; raises as `log_prob`
-        "The entropy of the set, -E log2 P(b) / D, estimated on images of it: no model can do better on average."
+        "The entropy of the set, -E log2 P(b) / D, estimated on its images: no model is better on average."
         bits = -self.log_prob(self.test() if images is None else images) / (self.dims * math.log(2))
         return bits.mean().item(), bits.std().item() / len(bits)**0.5
 

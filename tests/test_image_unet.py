@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from lfdm.losses import DiffusionLoss
-from lfdm.images.unet import UNETS, AttentionBlock, ResBlock, TimeEmbedding, UNet, check_size, time_embedding, unet
+from lfdm.images.unet import UNETS, AttentionBlock, ResBlock, TimeEmbedding, UNet, require_size, time_embedding, unet
 
 torch.set_num_threads(1)
 few = settings(max_examples=12, deadline=None, derandomize=True, database=None)
@@ -224,17 +224,17 @@ def test_data_that_are_no_such_images(shape):
 def test_sizes_are_taken_exactly_when_they_can_be_halved(halvings, height, width):
     a, b, fits = height, width, True
     for _ in range(halvings): fits, a, b = fits and a % 2 == b % 2 == 0, a // 2, b // 2
-    if fits: return check_size(dict(halvings=halvings), height, width)
-    with pytest.raises(ValueError) as error: check_size(dict(halvings=halvings), height, width)
+    if fits: return require_size(dict(halvings=halvings), height, width)
+    with pytest.raises(ValueError) as error: require_size(dict(halvings=halvings), height, width)
     text = str(error.value)
     assert f'{height}×{width}' in text and f'halved {halvings} times' in text
     near = [tuple(map(int, size.split('×'))) for size in text.split('nearest sizes: ')[1].split('. Or')[0].split(' and ')]
     for h, w in near:
-        check_size(dict(halvings=halvings), h, w)
+        require_size(dict(halvings=halvings), h, w)
         assert abs(h - height) < 2**halvings and abs(w - width) < 2**halvings
     most = int(text.split('halvings=')[1].split()[0].rstrip('.'))
-    check_size(dict(halvings=most), height, width)
-    with pytest.raises(ValueError): check_size(dict(halvings=most + 1), height, width)
+    require_size(dict(halvings=most), height, width)
+    with pytest.raises(ValueError): require_size(dict(halvings=most + 1), height, width)
 
 
 # --- by name
