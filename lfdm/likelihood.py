@@ -15,7 +15,7 @@ import torch
 from .core import expand, instance, lookup, number, seeded
 from .images.data import dequantization_bits, dequantize, require_images, scaled
 from .losses import require_batch
-from .sampling import choices
+from .sampling import checked_schedule
 from .schedules import SCHEDULES, Level, Schedule
 from .score_matching import divergence, probe_vectors, projected_divergence
 from .steps import at_angle, solve, velocity
@@ -32,7 +32,7 @@ def flow_log_prob(denoiser,           # denoiser(z, level) -> (x̂, ε̂), diffe
                  ) -> torch.Tensor:      # (n,), in nats; raises ValueError or RuntimeError
     "The log density of data under the probability-flow ODE; Kingma & Gao (91)."
     require_batch('x', x)
-    _, schedule, _ = choices(denoiser, 1, schedule, 'adaptive')
+    schedule = checked_schedule(schedule, denoiser)
     clean, noisy = schedule.level(0.), schedule.level(1.)
     u = None if trace == 'exact' else probe_vectors(x, trace, seeded(seed, x.device))
 
@@ -93,10 +93,11 @@ def _drawn_levels(schedule, steps, draws, n, generator):
 # %% ../nbs/library/85_likelihood.ipynb #acebf322
 def _checked_range(denoiser, schedule, steps):
     "(schedule, T): a finite range of λ; T is None in continuous time."
-    whole, schedule, _ = choices(denoiser, 1 if steps is None else steps, schedule, 'ancestral')
+    schedule = checked_schedule(schedule, denoiser)
+    if steps is not None: steps = number('steps', steps, low=1, integer=True)
     if not math.isfinite(schedule.logsnr_max - schedule.logsnr_min):
         raise ValueError(f'the bound needs a finite range of logsnr, not {schedule!r}.')
-    return schedule, schedule.steps if steps is None else whole
+    return schedule, schedule.steps if steps is None else steps
 
 def _require_finite_error(error, logsnr):
     "Raise FloatingPointError, with the level, unless the error is finite."
