@@ -174,6 +174,14 @@ def test_no_line_of_code_is_wide():
     assert not wide, f"{len(wide)} lines of more than {WIDTH} characters:\n" + "\n".join(wide)
 
 
+def test_the_sidebar_lists_every_notebook():
+    "The library in the order of its numbers."
+    listed = re.findall(r"- (\S+\.ipynb)", (ROOT / "nbs/sidebar.yml").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(str(path.relative_to(ROOT / "nbs")) for path in notebooks())
+    library = [page for page in listed if page.startswith("library/")]
+    assert library == sorted(library)
+
+
 def test_train_has_parameters():
     "papermill needs the tag `parameters`: without it every run silently takes the defaults."
     code = cells(ROOT / "nbs/train.ipynb", "code")

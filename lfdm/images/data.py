@@ -332,7 +332,7 @@ def _image_array(image, size):
     if size is not None: image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     return np.atleast_3d(np.asarray(image))
 
-# %% ../../nbs/library/52_image_data.ipynb #17613e46
+# %% ../../nbs/library/52_image_data.ipynb #11c66248
 def decode(files: list,         # of images of one mode, 'L' or 'RGB', and one size
            size: int = None,    # cut to the central square and resize to this; then any sizes will do
            threads: int = None, # default: one for each processor, at most 8
@@ -362,6 +362,7 @@ def decode(files: list,         # of images of one mode, 'L' or 'RGB', and one s
     _require_one_kind(files, [own for own, _, _ in found], example, kind, size)
     return images.permute(0, 3, 1, 2).contiguous(), any(lossy for _, lossy, _ in found)
 
+# %% ../../nbs/library/52_image_data.ipynb #17613e46
 def _alike(kind, other, size):
     "Do two kinds agree? With a size to cut and resize to, their own sizes may differ."
     return kind.mode == other.mode and (size is not None or kind.size == other.size)
