@@ -1,25 +1,6 @@
 """How fast is a training step of the UNet? Ratios in one run, on the machine it runs on.
 
     .venv/bin/python benchmarks/images.py             # about three minutes; writes benchmarks/images.md
-<<<<<<< HEAD
-    .venv/bin/python benchmarks/images.py --compile   # also torch.compile: minutes of a CPU for each network
-
-A GPU always has the compiled ones. Whole steps (forward, mean squared error, backward, fused Adam),
-float32 on a CPU and bfloat16 autocast on a GPU, contiguous and channels_last:
-
-- lfdm's UNet;
-- diffusers' UNet2DModel, the same multipliers, layers and attention; its up blocks have one resnet block
-  more, and a skip for each;
-- denoising-diffusion-pytorch's Unet, the same multipliers; two resnet blocks a level down and up, and
-  attention in every one (linear, full in the last), which it always has. Nothing else needs it:
-  pip install --no-deps denoising-diffusion-pytorch einops ema-pytorch
-  Without it the table has a contestant less.
-
-The peers are made as wide as gives lfdm's number of parameters, within 5 %. Parameters are not operations:
-the table counts both, and the last column says how near a step comes to the arithmetic alone, its counted
-operations at the fastest matrix product measured in the same round. The contestants take turns, round by
-round; the table has the medians.
-=======
     .venv/bin/python benchmarks/images.py --compile   # also torch.compile: minutes for a network on a CPU
                                                       # (on a GPU it is always measured)
 
@@ -37,7 +18,6 @@ The peers get the width that gives lfdm's number of parameters, within 5 %. Para
 the table counts both. The last column says how near a step comes to the arithmetic alone: its counted
 operations at the speed of the fastest matrix product, measured in the same round. The contestants take
 turns, round by round; the table has the medians.
->>>>>>> part/imgstudy
 """
 import argparse
 import importlib
@@ -81,14 +61,6 @@ def diffusers(options, width, spare):
     attended = {"all": range(blocks), "mid": (), "none": ()}.get(attention, attention)
     kinds = ["Attn" * (i in attended) for i in range(blocks)]
     widths = tuple(width * m for m in options["multipliers"])
-<<<<<<< HEAD
-    return Net(in_channels=options["channels"], out_channels=options["channels"],
-               block_out_channels=widths, layers_per_block=options["layers"],
-               down_block_types=tuple(f"{k}DownBlock2D" for k in kinds),
-               up_block_types=tuple(f"{k}UpBlock2D" for k in kinds[::-1]),
-               norm_num_groups=math.gcd(32, *widths), attention_head_dim=None,
-               time_embedding_dim=spare * options["width"], add_attention=options["attention"] != "none")
-=======
     return Net(
         in_channels=options["channels"],
         out_channels=options["channels"],
@@ -100,7 +72,6 @@ def diffusers(options, width, spare):
         attention_head_dim=None,
         time_embedding_dim=spare * options["width"],
         add_attention=attention != "none")
->>>>>>> part/imgstudy
 
 
 def denoising(options, width, spare):
@@ -115,23 +86,14 @@ def denoising(options, width, spare):
 
 
 def fitted(build, options, target):
-<<<<<<< HEAD
-    "The network of the target's number of parameters within 5 %, of the roundest width that allows it."
-=======
     "The network with the target's number of parameters within 5 %: of the roundest widths, the nearest."
->>>>>>> part/imgstudy
     def distance(choice):
         with torch.device("meta"): return abs(parameters(build(options, *choice)) / target - 1)
 
     for unit in (8, 4, 2):
         choices = product(range(unit, 2 * options["width"], unit), (2, 3, 4, 6, 8))
-<<<<<<< HEAD
-        choice = min(choices, key=distance)
-        if distance(choice) <= 0.05: return build(options, *choice)
-=======
         nearest = min(choices, key=distance)
         if distance(nearest) <= 0.05: return build(options, *nearest)
->>>>>>> part/imgstudy
     raise RuntimeError(f"{build.__name__} has no width that gives {target:,} parameters within 5 %.")
 
 
@@ -181,13 +143,8 @@ class Contestant:
         self.steps(2)
 
     def loss(self, net):
-<<<<<<< HEAD
-        with torch.autocast(DEVICE, torch.bfloat16, enabled=DEVICE == "cuda"): y = net(self.z, self.u)
-        return (y.float() - self.z).square().mean()
-=======
         with torch.autocast(DEVICE, torch.bfloat16, enabled=ON_GPU):
             return (net(self.z, self.u).float() - self.z).square().mean()
->>>>>>> part/imgstudy
 
     def step(self):
         self.optimizer.zero_grad()
@@ -218,20 +175,6 @@ def raced(contestants, steps):
     times, limits = {name: [] for name in contestants}, []
     for _ in range(ROUNDS):
         limits.append(peak())
-<<<<<<< HEAD
-        for name, c in contestants.items():
-            times[name].append(seconds(lambda: [c.step() for _ in range(steps)]) / steps)
-        print(".", end="", flush=True)
-    median, limit = {name: statistics.median(t) for name, t in times.items()}, statistics.median(limits)
-    rows = ["| | parameters | GFLOP a step | images/s | times diffusers | of the arithmetic's speed |",
-            "|---|---:|---:|---:|---:|---:|"]
-    for name, c in contestants.items():
-        first = f" (first step {c.first:.0f} s)" if "compiled" in name else ""
-        ratio, speed = median["diffusers, contiguous"] / median[name], 100 * c.flops / limit / median[name]
-        rows.append(f"| {name}{first} | {parameters(c.net):,} | {c.flops / 1e9:.2f} "
-                    f"| {batch / median[name]:.0f} | {ratio:.2f} | {speed:.0f} % |")
-    return f"## {title}\n\n" + "\n".join(rows) + f"\n\nFastest matrix product: {limit / 1e9:.0f} GFLOP/s.\n"
-=======
         for name, c in contestants.items(): times[name].append(seconds(partial(c.steps, steps)) / steps)
         print(".", end="", flush=True)
     return {name: statistics.median(t) for name, t in times.items()}, statistics.median(limits)
@@ -265,47 +208,11 @@ def conditions():
     if ON_GPU: return f"bfloat16 autocast, {torch.cuda.get_device_name()}"
     threads = torch.get_num_threads()
     return f"float32, {threads} thread{'s' * (threads > 1)}, {platform.machine()}"
->>>>>>> part/imgstudy
-
-
-def contestants_of(words, channels, size, batch, peers, compiling):
-    "All that take part, by name: lfdm's network and peers of its size."
-    z = torch.randn(batch, channels, size, size, device=DEVICE)
-    options = unet(words, channels, size).options
-    nets = {"lfdm": lambda: unet(words, channels, size)}
-    target = parameters(nets["lfdm"]())
-    nets |= {name: partial(fitted, build, options, target) for name, build in peers.items()}
-    found = {f"{name}, {form}": Contestant(build(), z, FORMATS[form], False)
-             for name, build in nets.items() for form in FORMATS}
-    if not compiling: return found
-    return found | {f"{name}, channels_last, compiled": Contestant(build(), z, torch.channels_last, True)
-                    for name, build in nets.items()}
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--compile", action="store_true")
-<<<<<<< HEAD
-    compiling = DEVICE == "cuda" or parser.parse_args().compile
-    peers, missing = {"diffusers": diffusers, "denoising-diffusion-pytorch": denoising}, ""
-    try:
-        import denoising_diffusion_pytorch  # noqa: F401
-    except ImportError as error:
-        del peers["denoising-diffusion-pytorch"]
-        missing = f" Left out: denoising-diffusion-pytorch ({error})."
-        print(missing)
-    tables = []
-    for title, (words, channels, size, cpu, gpu) in SETTINGS.items():
-        torch.manual_seed(0)
-        batch, steps = gpu if DEVICE == "cuda" else cpu
-        contestants = contestants_of(words, channels, size, batch, peers, compiling)
-        tables.append(table(f"{title}: {size}×{size}×{channels}, batch {batch}", contestants, batch, steps))
-    threads = torch.get_num_threads()
-    how = f"float32, {threads} thread{'s' * (threads > 1)}, {platform.machine()}"
-    if DEVICE == "cuda": how = "bfloat16 autocast, " + torch.cuda.get_device_name()
-    about = (f"Written by `benchmarks/images.py`: {how}, torch {torch.__version__.split('+')[0]}; medians of "
-             f"{ROUNDS} rounds, in turns. Only the ratios mean anything elsewhere.{missing}")
-=======
     compiling = parser.parse_args().compile or ON_GPU
     peers, missing = available_peers()
     if missing: print(missing)
@@ -317,7 +224,6 @@ def main():
         tables.append(table(heading, contestants, batch, steps))
     about = (f"Written by `benchmarks/images.py`: {conditions()}, torch {torch.__version__.split('+')[0]}; "
              f"medians of {ROUNDS} rounds, in turns. Only the ratios mean anything elsewhere.{missing}")
->>>>>>> part/imgstudy
     text = "# Training steps of the UNet\n\n" + "\n".join(tables) + f"\n{about}\n"
     print("\n\n" + text)
     Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
