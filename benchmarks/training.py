@@ -1,18 +1,19 @@
 """How fast is a training step? Ratios in one run, on the machine it runs on.
 
-    .venv/bin/python -m uv pip install smalldiffusion==0.5.0     # the peer; not needed by anything else
-    .venv/bin/python benchmarks/training.py                      # about two minutes; writes benchmarks/training.md
+    .venv/bin/python -m uv pip install smalldiffusion==0.5.0   # the peer; not needed by anything else
+    .venv/bin/python benchmarks/training.py                    # two minutes; writes benchmarks/training.md
 
-Everything trains the same network (seven layers, width 128) on batches of 512 points in float32, whole steps: batch, times, noise,
-forward, backward, Adam. Per model-step:
+Everything trains the same network (seven layers, width 128) on batches of 512 points in float32, whole steps:
+batch, times, noise, forward, backward, Adam. Per model-step:
 
 - smalldiffusion's training loop, fed ready-made batches, so that its data loader costs it next to nothing;
 - a plain PyTorch loop: plain noise error, fused Adam, nothing else;
 - lfdm's `train` for one network, and `train_stack` for several;
-- the same stacks in as many processes as there are threads, one thread each, as `make_grid(workers=...)` trains a grid;
-- the arithmetic alone: 6 operations per weight and example, at the fastest matrix product measured in the same round.
+- the same stacks in as many processes as there are threads, one thread each, as `make_grid(workers=...)`;
+- the arithmetic alone: 6 operations per weight and example, at the fastest matrix product of the same round.
 
-The contestants take turns, round by round, so that a machine that slows down slows all of them; the table has the medians over rounds.
+The contestants take turns, round by round, so that a machine that slows down slows all of them. The table
+has the medians over rounds.
 """
 import platform
 import statistics
@@ -57,7 +58,8 @@ def smalldiffusion():
             self.net, self.input_dims = MLP(), (2,)
         def forward(self, x, sigma, cond=None): return self.net(x, sigma[:, 0])
 
-    loop = training_loop(DataLoader(list(DATA.split(BATCH)), batch_size=None), Net(), ScheduleLogLinear(1000), epochs=10)
+    batches = DataLoader(list(DATA.split(BATCH)), batch_size=None)
+    loop = training_loop(batches, Net(), ScheduleLogLinear(1000), epochs=10)
     for _ in islice(loop, 10): pass
     began = time.perf_counter()
     for _ in islice(loop, STEPS): pass
@@ -68,7 +70,8 @@ def plain():
     "Seconds per step of a loop as anyone would write it."
     net = MLP()
     optimizer = torch.optim.Adam(net.parameters(), 1e-3, fused=True)
-    for i, x in enumerate([DATA[:BATCH]] * 10 + list(DATA[torch.randperm(len(DATA))].split(BATCH))):
+    warm_up, batches = [DATA[:BATCH]] * 10, DATA[torch.randperm(len(DATA))].split(BATCH)
+    for i, x in enumerate([*warm_up, *batches]):
         if i == 10: began = time.perf_counter()
         t, eps = torch.rand(len(x)), torch.randn_like(x)
         z = torch.cos(torch.pi * t / 2)[:, None] * x + torch.sin(torch.pi * t / 2)[:, None] * eps
@@ -110,12 +113,17 @@ def main():
         print(".", end="", flush=True)
     median = {name: statistics.median(t) for name, t in times.items()}
     limit = statistics.median(limits)
-    rows = ["| | ms per model-step | times smalldiffusion | of the arithmetic's speed |", "|---|---:|---:|---:|"]
-    rows += [f"| {name} | {1e3 * t:.2f} | {median['smalldiffusion'] / t:.2f} | {100 * limit / t:.0f} % |" for name, t in median.items()]
-    rows += [f"| the arithmetic alone | {1e3 * limit:.2f} | {median['smalldiffusion'] / limit:.2f} | 100 % |"]
-    about = (f"Written by `benchmarks/training.py`: 7 layers of width 128, batch {BATCH}, float32, {torch.get_num_threads()} threads, "
-             f"torch {torch.__version__.split('+')[0]}, {platform.machine()}; medians of {ROUNDS} rounds of {STEPS} steps, in turns; "
-             f"fastest matrix product {FLOPS / limit / 1e9:.0f} GFLOP/s. Only the ratios mean anything elsewhere.")
+    peer = median["smalldiffusion"]
+    row = lambda name, t: f"| {name} | {1e3 * t:.2f} | {peer / t:.2f} | {100 * limit / t:.0f} % |"
+    rows = ["| | ms per model-step | times smalldiffusion | of the arithmetic's speed |",
+            "|---|---:|---:|---:|"]
+    rows += [row(name, t) for name, t in (median | {"the arithmetic alone": limit}).items()]
+    about = (f"Written by `benchmarks/training.py`: 7 layers of width 128, batch {BATCH}, float32, "
+             f"{torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}, "
+             f"{platform.machine()}; "
+             f"medians of {ROUNDS} rounds of {STEPS} steps, in turns; "
+             f"fastest matrix product {FLOPS / limit / 1e9:.0f} GFLOP/s. "
+             "Only the ratios mean anything elsewhere.")
     text = "# Training steps\n\n" + "\n".join(rows) + f"\n\n{about}\n"
     print("\n\n" + text)
     Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")

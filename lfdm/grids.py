@@ -16,12 +16,10 @@ from functools import partial
 from joblib import Parallel, delayed
 
 from .core import number, unknown
-from .data import DATASETS
 from .networks import StackedMLP
 from .parameters import Parameters
 from .runs import advice_on_writing, folder_of, locked, make_run, work_folder, write_record
 from .sampling import sample_stack
-from .targets import TARGETS
 from .tasks import task_of
 from .training import TrainState, train_stack
 

@@ -21,7 +21,7 @@ from types import SimpleNamespace
 
 from .core import project_root
 
-# %% ../nbs/library/04_ledger.ipynb #d854387d
+# %% ../nbs/library/04_ledger.ipynb #2614a076
 NBS = project_root() / 'nbs'
 REFERENCE = NBS / 'reference'
 PAGES = ('reference/equations.ipynb', 'reference/errata.ipynb')   # what `write_pages` writes
@@ -32,6 +32,8 @@ DOCUMENTS = {   # document -> the numbers of its equations
     'Kingma & Gao': [str(i) for i in range(1, 93)] + ['E.3'],           # E.3: a table without a number
     'note': [str(i) for i in range(1, 8)] + ['W1', 'W2', 'W3', 'W4'],   # displayed; rows of its table
 }
+
+# %% ../nbs/library/04_ledger.ipynb #d854387d
 TITLES = {'thesis': 'The thesis', 'paper': 'The paper', 'Kingma & Gao': 'Kingma & Gao',
           'note': 'The training-objective document'}
 NUMBER = {'thesis': r'\d\.\d+', 'paper': r'\d+', 'Kingma & Gao': r'(?:\d+|E\.3)', 'note': r'(?:\d+|W\d)'}
@@ -39,7 +41,7 @@ STATUSES = {'proved': 'proved by sympy', 'checked': 'checked numerically', 'defi
             'background': 'background', 'wrong': 'wrong as printed', 'open': 'open'}
 VERDICTS = ('proved', 'checked', 'refuted')
 
-# %% ../nbs/library/04_ledger.ipynb #a16f3f5a
+# %% ../nbs/library/04_ledger.ipynb #18904b38
 JOINT = r'(?:\s*(?:[,;]|\bto\b|–|\band\b|\bwith\b)(?:\s*(?:so|and|with))?)\s*'   # between two numbers
 RANGE = r'\s*(to|–)'
 
@@ -53,6 +55,7 @@ def _numbers(document, text):
         else: yield m[1]
         previous, text, joint = m[1], text[m.end():], JOINT
 
+# %% ../nbs/library/04_ledger.ipynb #a16f3f5a
 def named(text: str,  # such as 'Kingma & Gao 34, 35; 36 with 1/π'
          ) -> list:   # of (document, number)
     "The equations that a text names."
@@ -63,7 +66,7 @@ def named(text: str,  # such as 'Kingma & Gao 34, 35; 36 with 1/π'
             found += [(document, n) for n in _numbers(document, text[start.end():])]
     return list(dict.fromkeys(found))
 
-# %% ../nbs/library/04_ledger.ipynb #c0104163
+# %% ../nbs/library/04_ledger.ipynb #3bd54fec
 def heading_id(text: str,  # of a heading, with {#name} if it has one
               ) -> str:    # its address within its page
     "The address of a heading."
@@ -81,6 +84,7 @@ def _unchanged(function):
     remembered = functools.cache(lambda path, _: function(path))
     return functools.wraps(function)(lambda path: remembered(path, path.stat().st_mtime_ns))
 
+# %% ../nbs/library/04_ledger.ipynb #c0104163
 @_unchanged
 def read(path: Path,  # of a notebook
         ) -> tuple:   # (title, cells): of each cell kind, source, printed text and the heading above it
@@ -97,7 +101,7 @@ def read(path: Path,  # of a notebook
         cells.append((cell['cell_type'], source, ''.join(streams), heading))
     return title, cells
 
-# %% ../nbs/library/04_ledger.ipynb #e8c7c749
+# %% ../nbs/library/04_ledger.ipynb #5c6d15d7
 CAN_FAIL = re.compile(r'\b(prove|check|refute|test_\w+)\(|\bassert\b')
 FIGURES = re.compile(r': (worst relative difference \S+|\S+ is not \S+)$')   # the numbers at a line's end
 
@@ -111,6 +115,7 @@ def place(path: Path,  # of a page
     return SimpleNamespace(address=path.relative_to(NBS).as_posix() + anchor,
                            name=f'{title}: {words}' if words else title)
 
+# %% ../nbs/library/04_ledger.ipynb #e8c7c749
 def checks() -> list:  # with `verdict`, `source`, `equations`, `place` and `can_fail`
     "Every verdict that a notebook printed."
     found = []
@@ -137,7 +142,7 @@ def mentions(path: Path,  # of a page
     plain = re.sub(r'\s+', ' ', re.sub(r'[()]', '', text))
     return set(named(plain)) | {('thesis', n) for n in bare if n in DOCUMENTS['thesis']}
 
-# %% ../nbs/library/04_ledger.ipynb #e1d34aeb
+# %% ../nbs/library/04_ledger.ipynb #46323c83
 def entries() -> dict:  # (document, number) -> its fields
     "Each equation's entry as it is written in equations.toml."
     with open(REFERENCE / 'equations.toml', 'rb') as file: written = tomllib.load(file)
@@ -150,6 +155,7 @@ def _first_status(at):
     if not (at['proved'] or at['checked']): return 'open'
     return 'wrong' if at['refuted'] else 'proved' if at['proved'] else 'checked'
 
+# %% ../nbs/library/04_ledger.ipynb #e1d34aeb
 def ledger(lines=None,  # of `checks`; default: those of the notebooks
           ) -> dict:    # (document, number) -> with `key`, `says`, `status`, `at`, `twin` and `where`
     "Each equation with its words, the status that the evidence gives it, and its places."
@@ -166,7 +172,7 @@ def ledger(lines=None,  # of `checks`; default: those of the notebooks
                                     where=fields.get('at') or shared.get('at'))
     return rows
 
-# %% ../nbs/library/04_ledger.ipynb #85865fe0
+# %% ../nbs/library/04_ledger.ipynb #1418463e
 def place_faults(address: str, # 'library/10_schedules.ipynb#the-forward-process'
                  equations,    # of which the page must mention one; None: any page will do
                 ) -> list:     # of sentences
@@ -179,12 +185,14 @@ def place_faults(address: str, # 'library/10_schedules.ipynb#the-forward-process
     if equations and not mentions(path) & set(equations): wrong.append(f'{page} does not mention it')
     return wrong
 
+# %% ../nbs/library/04_ledger.ipynb #b9734272
 def _line_faults(line, rows):
     "What is wrong with a printed line."
     says = f'{line.place.address} says `{line.source}`'
     if not line.can_fail: yield f'{says} in a cell where nothing can fail'
     yield from (f"{says}, and equations.toml has no {' '.join(e)}" for e in line.equations if e not in rows)
 
+# %% ../nbs/library/04_ledger.ipynb #1795707d
 def _row_faults(row):
     "What is wrong with an entry."
     name, at, status = ' '.join(row.key), row.at, row.status
@@ -205,6 +213,7 @@ def _row_faults(row):
         equations = (row.twin or row.key, row.key)
         yield from (f'{name}: {fault}' for fault in place_faults(row.where, equations))
 
+# %% ../nbs/library/04_ledger.ipynb #85865fe0
 def faults(lines=None,  # of `checks`; default: those of the notebooks
           ) -> list:    # of sentences
     "Entries without what their status promises, and lines without an entry."
@@ -213,7 +222,7 @@ def faults(lines=None,  # of `checks`; default: those of the notebooks
     return ([fault for line in lines for fault in _line_faults(line, rows)]
             + [fault for row in rows.values() for fault in _row_faults(row)])
 
-# %% ../nbs/library/04_ledger.ipynb #08f1da97
+# %% ../nbs/library/04_ledger.ipynb #1cecafed
 SETTLED = ('confirmed', 'rejected', 'open')
 OPTIONAL = dict(found=False)   # fields that an erratum may leave out
 
@@ -223,6 +232,7 @@ def errata() -> list:  # with the fields of errata.toml
     lists = {k: [] for k in ('equations', 'checks', 'see', 'quotes')}
     return [SimpleNamespace(**OPTIONAL | lists | e) for e in written]
 
+# %% ../nbs/library/04_ledger.ipynb #d0fe6b15
 def _erratum_faults(e, sources, known):
     "What is wrong with one erratum."
     if e.verdict not in SETTLED: yield f"the verdict must be one of {', '.join(SETTLED)}"
@@ -231,13 +241,14 @@ def _erratum_faults(e, sources, known):
     yield from (f'there is no {equation}' for equation in e.equations if _key(equation) not in known)
     if e.verdict != 'open' and not (e.checks or e.see or e.quotes): yield f'{e.verdict}, by what?'
 
+# %% ../nbs/library/04_ledger.ipynb #08f1da97
 def errata_faults(lines=None,  # of `checks`; default: those of the notebooks
                  ) -> list:    # of sentences
     "What is wrong with the errata: a verdict without its evidence."
     sources, known = {line.source for line in (checks() if lines is None else lines)}, entries()
     return [f'{e.where}: {fault}' for e in errata() for fault in _erratum_faults(e, sources, known)]
 
-# %% ../nbs/library/04_ledger.ipynb #8030b876
+# %% ../nbs/library/04_ledger.ipynb #62d53b9e
 def _cell(text): return re.sub(r'\s+', ' ', text).replace('|', '\\|').strip()
 def _anchor(key): return re.sub(r'\W+', '-', ' '.join(key).lower().replace('kingma & gao', 'kingma-gao'))
 def _link(at): return f'[{_cell(at.name)}]({os.path.relpath(at.address, REFERENCE.name)})'
@@ -255,6 +266,7 @@ def _where(row):
     if refuted: links.append(f'as printed, refuted: {refuted}')
     return '; '.join(links or [_link(_named_place(row.where))] * bool(row.where))
 
+# %% ../nbs/library/04_ledger.ipynb #9dd96f28
 def equation_table(document: str, # in DOCUMENTS
                    rows=None,     # of `ledger`; default: that of the notebooks
                   ) -> str:       # Markdown
@@ -271,6 +283,7 @@ def equation_table(document: str, # in DOCUMENTS
                      f'{_where(row)} |')
     return '\n'.join(lines)
 
+# %% ../nbs/library/04_ledger.ipynb #8030b876
 def status_table(rows=None,  # of `ledger`; default: that of the notebooks
                 ) -> str:    # Markdown
     "How many equations of each document have which status."
@@ -283,7 +296,7 @@ def status_table(rows=None,  # of `ledger`; default: that of the notebooks
         lines.append(f'| {title} | {cells} | {count.total()} |')
     return '\n'.join(lines)
 
-# %% ../nbs/library/04_ledger.ipynb #97d75590
+# %% ../nbs/library/04_ledger.ipynb #515f677e
 def errata_table() -> str:  # Markdown
     "How many errata of each kind."
     lines = ['| | ' + ' | '.join(SETTLED) + ' |', '|:--|' + '--:|' * len(SETTLED)]
@@ -300,6 +313,7 @@ def _settled_by(e, lines):
     printed = f", on the lines {', '.join(f'`{s}`' for s in e.checks)}" if e.checks else ''
     return ', '.join(map(_link, at.values())) + printed
 
+# %% ../nbs/library/04_ledger.ipynb #97d75590
 def errata_list(document: str, # in DOCUMENTS
                 lines=None,    # of `checks`; default: those of the notebooks
                ) -> str:       # Markdown
@@ -314,7 +328,7 @@ def errata_list(document: str, # in DOCUMENTS
             f'- *Settled by*: {_settled_by(e, lines)}']))
     return '\n\n'.join(parts)
 
-# %% ../nbs/library/04_ledger.ipynb #8e119125
+# %% ../nbs/library/04_ledger.ipynb #4962dc24
 TABLES = {f.__name__: f for f in (equation_table, status_table, errata_table, errata_list)}
 
 def refreshed(path: Path,  # of a reference page
@@ -331,6 +345,7 @@ def refreshed(path: Path,  # of a reference page
                             'output_type': 'execute_result'}]
     return json.dumps(page, indent=1, ensure_ascii=False, sort_keys=True) + '\n'
 
+# %% ../nbs/library/04_ledger.ipynb #e1c052bd
 def settle(rows: dict,  # of `ledger`
           ) -> None:
     "Write the statuses that `open = true` waited for into equations.toml."
@@ -343,6 +358,7 @@ def settle(rows: dict,  # of `ledger`
             lines[i] = line.replace('open = true', f'status = "{rows[document, row[1]].status}"')
     path.write_text(''.join(lines), encoding='utf-8')
 
+# %% ../nbs/library/04_ledger.ipynb #8e119125
 def write_pages() -> None:
     "Bring the reference pages up to date, and print what is wrong and what is open."
     settle(ledger())

@@ -20,10 +20,12 @@ class MLP(nn.Module):
                  depth: int = 7,   # number of linear layers
                 ):
         super().__init__()
-        dim, width, depth = (number(k, v, low=l, integer=True) for k, v, l in (('dim', dim, 1), ('width', width, 1), ('depth', depth, 2)))
+        dim = number('dim', dim, low=1, integer=True)
+        width = number('width', width, low=1, integer=True)
+        depth = number('depth', depth, low=2, integer=True)
         sizes = [dim + 1] + [width] * (depth - 1) + [dim]
-        layers = [m for a, b in zip(sizes, sizes[1:]) for m in (nn.Linear(a, b), nn.ReLU())][:-1]
-        self.layers = nn.Sequential(*layers)
+        layers = [layer for a, b in zip(sizes, sizes[1:]) for layer in (nn.Linear(a, b), nn.ReLU())]
+        self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self,
                 z: torch.Tensor,  # (n, D) noisy data of unit scale
@@ -33,6 +35,8 @@ class MLP(nn.Module):
         return self.layers(torch.cat([z, 2 * u[:, None] - 1], 1))
 
 # %% ../nbs/library/60_networks.ipynb #1604e528
+def _linears(net): return [layer for layer in net.layers if isinstance(layer, nn.Linear)]
+
 def _stacked(weights, biases, z, u):
     "All layers of M networks; weights (M, in, out), biases (M, 1, out)."
     h = torch.cat([z, 2 * u[..., None] - 1], -1)
@@ -45,9 +49,10 @@ class StackedMLP(nn.Module):
                  nets: list,  # MLPs of one shape; their weights are copied
                 ):
         super().__init__()
-        layers = list(zip(*([m for m in net.layers if isinstance(m, nn.Linear)] for net in nets)))
-        self.weights = nn.ParameterList(torch.stack([m.weight.detach().T for m in layer]) for layer in layers)
-        self.biases = nn.ParameterList(torch.stack([m.bias.detach()[None] for m in layer]) for layer in layers)
+        layers = list(zip(*map(_linears, nets)))   # for each layer, that of every network
+        weights = [torch.stack([m.weight.detach().T for m in layer]) for layer in layers]
+        biases = [torch.stack([m.bias.detach()[None] for m in layer]) for layer in layers]
+        self.weights, self.biases = nn.ParameterList(weights), nn.ParameterList(biases)
 
     def __len__(self): return len(self.weights[0])
 
@@ -61,7 +66,7 @@ class StackedMLP(nn.Module):
     def alone(self,
               m: int,  # which network, from 0
              ):        # net(z, u) with z of shape (n, D), on the stack's own weights
-        "One of the networks, where it is."
+        "One of the networks, without a copy."
         weights, biases = ([p[m:m + 1] for p in ps] for ps in (self.weights, self.biases))
         return lambda z, u: _stacked(weights, biases, z[None], u[None])[0]
 
@@ -72,6 +77,6 @@ class StackedMLP(nn.Module):
         sizes = [w.shape for w in self.weights]
         with torch.random.fork_rng(devices=[]): net = MLP(sizes[-1][-1], sizes[0][-1], len(sizes))
         with torch.no_grad():
-            for layer, w, b in zip((l for l in net.layers if isinstance(l, nn.Linear)), self.weights, self.biases):
+            for layer, w, b in zip(_linears(net), self.weights, self.biases):
                 layer.weight.copy_(w[m].T); layer.bias.copy_(b[m, 0])
         return net

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 
 import torch
 
+from .checkpoints import training_options
 from .core import instance, lookup, number, spec, unknown
 from .data import DATASETS
 from .losses import DiffusionLoss
 from .schedules import SCHEDULES, Schedule
 from .steps import SAMPLERS
 from .targets import TARGETS, Target
-from .training import training_options
 from .weightings import WEIGHTINGS, Weighting
 
 # %% ../nbs/library/92_parameters.ipynb #081b0867

@@ -56,6 +56,7 @@ STABLE = {'svg.hashsalt': 'lfdm', 'svg.fonttype': 'path',
 ANONYMOUS = {'png': {'Software': None}, 'svg': {'Date': None, 'Creator': None}}
 DPI = {'png': 180, 'svg': 110}   # an SVG's is that of scattered points, which are one image in it
 
+# %% ../nbs/library/99_plots.ipynb #320b2cf4
 def freeze_layout(fig,  # a figure
                  ):
     "Compute the layout now and keep it: each drawing would move the axes a little, for a few rounds."
@@ -64,6 +65,7 @@ def freeze_layout(fig,  # a figure
             for _ in range(4): fig.draw_without_rendering()
         fig.set_layout_engine('none')
 
+# %% ../nbs/library/99_plots.ipynb #5a59627c
 def shrunk(file,              # a PNG file
            description: str,  # stored inside
           ) -> bytes:         # a PNG of 256 colours, a third of the size
@@ -75,6 +77,7 @@ def shrunk(file,              # a PNG file
         few.save(small, 'png', optimize=True, pnginfo=text, dpi=image.info['dpi'])
         return small.getvalue()
 
+# %% ../nbs/library/99_plots.ipynb #4eea6d14
 def render(fig,               # a figure
            form: str,         # 'png' or 'svg'
            description: str,  # stored inside, in ASCII
@@ -152,6 +155,7 @@ def show(fig,            # a figure; it is closed
         plt.close(fig)
         display(Shown(shrunk(file, '')))
 
+# %% ../nbs/library/99_plots.ipynb #e4df1f08
 def keep(fig,             # a figure; it is closed
          name: str,       # as in `save_figure`
          common: dict,    # what made all figures of the notebook
@@ -179,6 +183,7 @@ def scatter(ax,                    # where to draw
     ax.set(xlim=side, ylim=side, aspect='equal', xticks=ticks, yticks=ticks, title=title)
     return ax
 
+# %% ../nbs/library/99_plots.ipynb #7a5ac2a0
 def band(ax,       # where to draw
          x,        # shape (k,)
          values,   # shape (seeds, k)
@@ -189,6 +194,7 @@ def band(ax,       # where to draw
     ax.fill_between(x, np.min(values, 0), np.max(values, 0), color=line.get_color(), alpha=0.25, lw=0)
     return line
 
+# %% ../nbs/library/99_plots.ipynb #9c30c6cb
 def forward_row(axes,                  # one for each time
                 dataset,               # the data set
                 schedule,              # an instance
@@ -205,6 +211,7 @@ def forward_row(axes,                  # one for each time
         scatter(ax, (alpha * x + sigma * eps) / (alpha**2 + sigma**2)**0.5, color)
     return levels
 
+# %% ../nbs/library/99_plots.ipynb #d008742f
 def plot_forward(dataset,        # the data set
                  schedule,       # an instance
                  times=(0., 0.25, 0.5, 0.75, 1.),  # shown from left to right
@@ -331,6 +338,7 @@ def show_images(ax,                    # where to draw
     ax.set_title(title)
     return ax
 
+# %% ../nbs/library/99_plots.ipynb #2cfa1c7d
 def plot_noisy_images(images,         # an ImageSet
                       schedule,       # an instance
                       times=(0., 0.2, 0.4, 0.6, 0.8, 1.),  # shown from left to right
@@ -347,6 +355,7 @@ def plot_noisy_images(images,         # an ImageSet
         show_images(ax, quantize(z, 256), 1, title=f'λ = {level.logsnr:.1f}')
     return fig
 
+# %% ../nbs/library/99_plots.ipynb #f7e53c59
 def plot_image_samples(run,                # a finished run on images
                        n: int = 100,       # images of each
                        columns: int = 10,  # images in a row

@@ -93,7 +93,7 @@ def folder_of(parameters: RunParameters, # the run
     if not plain: raise ValueError(f'study must be a plain folder name, not {study!r}.')
     return runs_root(root) / study / parameters.slug()
 
-# %% ../nbs/library/95_runs.ipynb #b54200e7
+# %% ../nbs/library/95_runs.ipynb #497ed8c4
 FILES = ('params.json', 'metrics.jsonl', 'summary.json', 'model.safetensors', 'samples.npz')
 
 def _read_params(path) -> tuple:  # (parameters, environment)
@@ -104,6 +104,7 @@ def _read_params(path) -> tuple:  # (parameters, environment)
         raise ValueError(f'it was made by results version {version}, this code has {RESULTS_VERSION}')
     return kind.from_record(record['parameters']), record['environment']
 
+# %% ../nbs/library/95_runs.ipynb #98e374c0
 def _read_metrics(path, epochs: int) -> list:
     "One dict for each epoch, from epoch 0."
     metrics = [json.loads(line) for line in path.read_text().splitlines()]
@@ -111,6 +112,7 @@ def _read_metrics(path, epochs: int) -> list:
         raise ValueError(f'it does not hold the epochs 0 to {epochs}')
     return metrics
 
+# %% ../nbs/library/95_runs.ipynb #b54200e7
 def _read_summary(path) -> dict:
     "The final numbers."
     summary = json.loads(path.read_text())
@@ -128,7 +130,7 @@ def _read_net(path, parameters: RunParameters) -> torch.nn.Module:
     net.load_state_dict(load_file(path))
     return net.eval()
 
-# %% ../nbs/library/95_runs.ipynb #6c661b25
+# %% ../nbs/library/95_runs.ipynb #bc98bc0b
 _MOVE = 'Move {} away and make the run again.'.format
 
 def require_record(folder: Path):  # of a run
@@ -140,6 +142,7 @@ def require_record(folder: Path):  # of a run
     if missing:
         raise ValueError(f"run {folder} is damaged: {', '.join(missing)} missing. {_MOVE('the folder')}")
 
+# %% ../nbs/library/95_runs.ipynb #d10a7aa5
 def require_same(run: Run,                   # a run that was loaded
                  parameters: RunParameters): # that it was asked for
     "Raise ValueError if a run's record is of other parameters than its name."
@@ -147,6 +150,7 @@ def require_same(run: Run,                   # a run that was loaded
         raise ValueError(f'run {run.folder} is damaged: its record is of other parameters, '
                          f"{run.parameters}. {_MOVE('the folder')}")
 
+# %% ../nbs/library/95_runs.ipynb #6c661b25
 def _nearest(folder):
     "What there is instead of a run."
     there = folder.parent.glob('*') if folder.parent.is_dir() else []
@@ -176,7 +180,7 @@ def load_run(folder,     # the run's folder, from here or from the project's roo
     with _named(folder / 'model.safetensors') as path: net = _read_net(path, parameters)
     return Run(folder, parameters, environment, metrics, summary, samples, net)
 
-# %% ../nbs/library/95_runs.ipynb #9d1bd3ad
+# %% ../nbs/library/95_runs.ipynb #43557e92
 def _write_json(path, content): path.write_text(json.dumps(content, indent=1) + '\n')
 
 def _commit():
@@ -187,6 +191,7 @@ def _commit():
     try: return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip() or None
     except OSError: return None
 
+# %% ../nbs/library/95_runs.ipynb #9d1bd3ad
 def _versions() -> dict:
     "What the numbers of a run may depend on."
     packages = {p: importlib.metadata.version(p) for p in ('torch', 'numpy')}
@@ -215,7 +220,7 @@ def write_record(work: Path,       # the work folder
     others = [f for f in work.iterdir() if f.name not in FILES]   # safetensors leaves a .tmp file when killed
     for f in sorted(others, key=lambda f: f.name == CHECKPOINT): f.unlink()   # the checkpoint last
 
-# %% ../nbs/library/95_runs.ipynb #427f4330
+# %% ../nbs/library/95_runs.ipynb #95835b1d
 CHECKPOINT = 'checkpoint.safetensors'
 
 def beside(folder: Path,  # of a run
@@ -236,6 +241,7 @@ def work_folder(folder: Path):  # of a run
     yield work
     os.replace(work, folder)
 
+# %% ../nbs/library/95_runs.ipynb #427f4330
 @contextmanager
 def locked(folders: list,  # of runs
            busy: str):     # the message if another process has one of them
@@ -249,7 +255,7 @@ def locked(folders: list,  # of runs
         yield
         for lock in locks: lock.unlink(missing_ok=True)
 
-# %% ../nbs/library/95_runs.ipynb #ebf84319
+# %% ../nbs/library/95_runs.ipynb #abaf3805
 @contextmanager
 def advice_on_writing(what: str,     # 'the run'
                       folder: Path): # where it is written
@@ -259,6 +265,7 @@ def advice_on_writing(what: str,     # 'the run'
         raise OSError(f'cannot write {what} to {folder}: {e}. Nothing finished is lost: '
                       'with space and permission, run again to resume.') from e
 
+# %% ../nbs/library/95_runs.ipynb #ebf84319
 @contextmanager
 def advice_on_memory(task: Task):  # of the run
     "Say what to do where memory runs out."
@@ -267,7 +274,7 @@ def advice_on_memory(task: Task):  # of the run
         raise RuntimeError(f'out of memory on {task.parameters.device!r}: {e}. {task.advice} '
                            'Nothing saved is lost: the checkpoint of the last save stays.') from e
 
-# %% ../nbs/library/95_runs.ipynb #46bfed5d
+# %% ../nbs/library/95_runs.ipynb #7fbb5ac0
 def _train(task: Task,       # of the run
               checkpoint: Path, # resumed from if it is there, and written after each epoch
               progress,         # called as progress(phase, done, total)
@@ -286,6 +293,7 @@ def _train(task: Task,       # of the run
     seconds, n = time.monotonic() - start, (state.epoch - first) * task.data.n_train
     return state, round(n / seconds) if n else None
 
+# %% ../nbs/library/95_runs.ipynb #46bfed5d
 def _finish(task: Task, work: Path, progress, accelerator=None):
     "Train, sample, judge; leave the complete record in the work folder."
     began = time.perf_counter()
@@ -298,7 +306,7 @@ def _finish(task: Task, work: Path, progress, accelerator=None):
 
 def _is_main(accelerator): return accelerator is None or accelerator.is_main_process
 
-# %% ../nbs/library/95_runs.ipynb #b2dd98a7
+# %% ../nbs/library/95_runs.ipynb #38f3b542
 def make_run(parameters: RunParameters, # what to run
              study: str = 'train',      # the study it belongs to
              root=None,                 # where runs lie; default: $LFDM_RUNS, or else runs/ of the project
@@ -319,6 +327,7 @@ def make_run(parameters: RunParameters, # what to run
     require_same(run, parameters)
     return run
 
+# %% ../nbs/library/95_runs.ipynb #b2dd98a7
 def _make(folder, task, progress, accelerator):
     "Make a run under its lock, or finish it."
     busy = (f"another process is making this run ({beside(folder, 'partial')}). "

@@ -185,12 +185,14 @@ class Schedule(Choice):
         return self.level(t).sigma
 
 # %% ../nbs/library/10_schedules.ipynb #73c07347
-def cosine_path(u):
+def cosine_path(u,  # in (0, 1)
+               ):   # λ
     "λ of α = cos(πu/2), σ = sin(πu/2); thesis (3.3)."
     m = maths(u)
     return 2 * m.log(m.sin(m.pi * (1 - u) / 2) / m.sin(m.pi * u / 2))
 
-def cosine_time(logsnr):
+def cosine_time(logsnr,  # λ
+               ):        # u in (0, 1)
     "The u at which the cosine path reaches λ."
     m = maths(logsnr)
     return 2 / m.pi * m.atan(m.exp(-logsnr / 2))

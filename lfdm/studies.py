@@ -51,6 +51,7 @@ def error_variance(run: Run,       # a finished run
         errors = [loss(run.net, x, t.to(x).expand(n), eps) for t in torch.as_tensor(times)]
     return torch.stack([e.var() for e in errors])
 
+# %% ../nbs/library/98_studies.ipynb #716fe66b
 def arrow_grid(arrows: int,         # along each side
                limit: float = 2.6,  # half the side
               ) -> torch.Tensor:    # (arrows², 2), float64
@@ -58,6 +59,7 @@ def arrow_grid(arrows: int,         # along each side
     axis = torch.linspace(-limit, limit, 2 * arrows + 1, dtype=torch.float64)[1::2]
     return torch.cartesian_prod(axis, axis)
 
+# %% ../nbs/library/98_studies.ipynb #f19260d5
 def learned_score(run: Run,         # a finished run
                   z: torch.Tensor,  # where, shape (n, 2)
                   logsnr: float,    # the noise level λ
@@ -180,11 +182,13 @@ def cached_arrays(path,     # of an .npz file
     _write(path, npz_bytes(arrays))
     return arrays
 
+# %% ../nbs/library/98_studies.ipynb #73c33b65
 def _digest(settings, length):
     "Letters that stand for settings of plain values."
     text = json.dumps([RESULTS_VERSION, settings], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
+# %% ../nbs/library/98_studies.ipynb #09fd135d
 def measured(folder,          # a finished run's
              settings: dict,  # of `measure`
             ) -> dict:        # name -> array
@@ -299,6 +303,7 @@ def _read(path):
         raise ValueError(f"{path.name} and its .npz do not belong together, or one is cut short")
     with np.load(io.BytesIO(packed)) as f: return Record(content['settings'], content['runs'], dict(f))
 
+# %% ../nbs/library/98_studies.ipynb #e0071b01
 def load_record(name: str,            # of the study
                 scale: str = 'full',  # one of SCALES
                 command: str = None,  # what makes it, for the message
@@ -323,6 +328,7 @@ def flat(run: Run,  # a finished run
     made = {'seconds': run.environment.get('seconds'), 'run': run.folder.name}
     return asdict(run.parameters) | numbers | distances | made
 
+# %% ../nbs/library/98_studies.ipynb #c834a7e1
 def condense(parameters: list,   # of Parameters
              study: str,         # their study
              settings: dict,     # of `measure`
@@ -359,6 +365,7 @@ def _require_same_grid(name, scale, parameters):
     raise ValueError(f"the study {name!r} exists with other parameters: {other}. "
                      f"Choose another name, or move {path} away.")
 
+# %% ../nbs/library/98_studies.ipynb #065cad19
 def make_record(name: str,            # of the study
                 parameters: list,     # of Parameters
                 settings: dict,       # of `measure`

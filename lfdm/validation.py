@@ -14,7 +14,7 @@ from .schedules import Level
 
 # %% ../nbs/library/65_validation.ipynb #d874c7eb
 class ValidationSet:
-    "Fixed (x, ε, t), spread evenly over λ: the loss overall and per λ, and the excess over the best possible."
+    "Fixed (x, ε, t), spread evenly over λ: the loss, its curve over λ, and the excess over the best."
     def __init__(self,
                  loss: DiffusionLoss,  # the loss to measure; its range of λ must be finite
                  x: torch.Tensor,      # clean data, shape (n, ...)
@@ -24,51 +24,67 @@ class ValidationSet:
                  others=(),            # further weightings of the same error to report, by name
                  chunk: int = None,    # examples that the network sees at a time; default: all
                 ):
-        s, n, g = loss.schedule, len(x), seeded(seed)
-        if not s.logsnr_max - s.logsnr_min < float('inf'): raise ValueError(f"validation needs a finite range of logsnr, not {s!r}.")
-        self.loss, self.bins = loss, number('bins', bins, low=1, high=n, integer=True)
+        n, generator = len(x), seeded(seed)
+        _require_finite_range(loss.schedule)
+        self.loss = loss
+        self.others = {weighting: loss.beside(weighting) for weighting in others}
+        self.bins = number('bins', bins, low=1, high=n, integer=True)
         self.chunk = n if chunk is None else number('chunk', chunk, low=1, integer=True)
-        self.width = (s.logsnr_max - s.logsnr_min) / self.bins
-        logsnr = s.logsnr_min + (s.logsnr_max - s.logsnr_min) * (torch.arange(n) + torch.rand(n, generator=g).double()) / n
-        eps = torch.randn(x.shape, generator=g).to(x)
-        level = Level(*(q.to(x) for q in s.level_at(logsnr)))
+
+        low, high = loss.schedule.logsnr_min, loss.schedule.logsnr_max
+        self.width = (high - low) / self.bins
+        self.logsnr = low + self.width * (torch.arange(self.bins).double() + 0.5)
+        place = torch.rand(n, generator=generator).double()
+        self.drawn_logsnr = low + (high - low) * (torch.arange(n) + place) / n
+        bin_of = ((self.drawn_logsnr - low) / self.width).long()
+        self.bin_of = bin_of.clamp(max=self.bins - 1).to(x.device)
+
+        eps = torch.randn(x.shape, generator=generator).to(x)
+        level = Level(*(q.to(x) for q in loss.schedule.level_at(self.drawn_logsnr)))
         self.z, self.y, self.level = loss.noisy_at(x, level, eps)
-        self.spread = logsnr
-        self.bin = ((logsnr - s.logsnr_min) / self.width).long().clamp(max=self.bins - 1).to(x.device)
-        self.logsnr = s.logsnr_min + self.width * (torch.arange(self.bins).double() + 0.5)
-        self.others = {w: loss.beside(w) for w in others}
-        self.best = None
-        if denoise is not None:
-            alpha, sigma = expand(self.level.alpha, x), expand(self.level.sigma, x)
-            x_best = denoise(self.z, alpha, sigma)
-            self.best = loss.target.encode(x_best, (self.z - alpha * x_best) / sigma, alpha, sigma)
-
-    @property
-    def density(self):
-        "p(λ) over the density of this set, (n,). An adaptive schedule may have moved."
-        s = self.loss.schedule
-        return (s.density(self.spread) * (s.logsnr_max - s.logsnr_min)).to(self.y)
-
-    def _statistics(self, name, values):
-        values = (values * self.density.to(values)).double()
-        per_bin = values.new_zeros(self.bins).index_add_(0, self.bin, values) / len(values)
-        return {name: values.mean().item(), f'{name}_se': (values.std() / len(values)**0.5).item(),
-                f'{name}_per_logsnr': (per_bin / self.width).tolist()}
-
-    def _prediction(self, net):
-        parts = zip(self.z.split(self.chunk), *(q.split(self.chunk) for q in self.level))
-        return torch.cat([predict(net, z, Level(*level)) for z, *level in parts])
+        self.best = None if denoise is None else self._best_answer(denoise)
 
     @torch.no_grad()
     def __call__(self,
                  net,        # network: net(z, u) -> ŷ
-                 ) -> dict:  # loss, loss_se, loss_per_logsnr; with a known denoiser also excess, ...; of others nelbo_loss, nelbo_excess, ...
-        "The network's loss on the fixed set, with standard errors (upper bounds: the strata make the true ones smaller)."
+                 ) -> dict:  # loss, loss_se, loss_per_logsnr; excess, ...; nelbo_loss, nelbo_excess, ...
+        "The loss on the fixed set, with standard errors (upper bounds: strata make the true ones smaller)."
         y_hat, report = self._prediction(net), {}
         for name, y in {'loss': self.y, 'excess': self.best}.items():
             if y is None: continue
             report |= self._statistics(name, self.loss.error(y, y_hat, self.level))
             for other, loss in self.others.items():
-                of_other = self._statistics(f'{other}_{name}', loss.error(y, y_hat, self.level))
-                report |= {k: v for k, v in of_other.items() if not isinstance(v, list)}
+                found = self._statistics(f'{other}_{name}', loss.error(y, y_hat, self.level))
+                report |= {k: v for k, v in found.items() if not isinstance(v, list)}
         return report
+
+    @property
+    def density(self):
+        "p(λ) over the density of this set, (n,). An adaptive schedule may have moved."
+        s = self.loss.schedule
+        return (s.density(self.drawn_logsnr) * (s.logsnr_max - s.logsnr_min)).to(self.y)
+
+    def _prediction(self, net):
+        "ŷ for every example, a chunk at a time."
+        parts = zip(self.z.split(self.chunk), *(q.split(self.chunk) for q in self.level))
+        return torch.cat([predict(net, z, Level(*level)) for z, *level in parts])
+
+    def _best_answer(self, denoise):
+        "y*, the answer with the smallest loss: the target's value at x = E[x given z]."
+        alpha, sigma = expand(self.level.alpha, self.z), expand(self.level.sigma, self.z)
+        x_best = denoise(self.z, alpha, sigma)
+        return self.loss.target.encode(x_best, (self.z - alpha * x_best) / sigma, alpha, sigma)
+
+    def _statistics(self, name, values):
+        "Mean, standard error and curve over λ of one value for each example."
+        values = (values * self.density.to(values)).double()
+        per_bin = values.new_zeros(self.bins).index_add_(0, self.bin_of, values) / len(values)
+        return {name: values.mean().item(),
+                f'{name}_se': (values.std() / len(values)**0.5).item(),
+                f'{name}_per_logsnr': (per_bin / self.width).tolist()}
+
+# %% ../nbs/library/65_validation.ipynb #39d93ab0
+def _require_finite_range(schedule):
+    "Raise ValueError if λ has no end."
+    if not schedule.logsnr_max - schedule.logsnr_min < float('inf'):
+        raise ValueError(f"validation needs a finite range of logsnr, not {schedule!r}.")

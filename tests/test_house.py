@@ -102,20 +102,22 @@ def test_notebook_form(notebook):
     assert not errors, f"stored error: {errors[0]['ename']}: {errors[0]['evalue']}"
     size = notebook.stat().st_size
     assert size <= 1_500_000, f"{size:,} bytes: make the stored figures smaller"
-    for source, _ in code:
+    sources = [re.sub(r"^#\|.*\n", "", source, flags=re.M) for source, _ in code]
+    for source in sources:
         lines, most = (150, 9000) if whole_class(source) else (60, 4000)
         n = len(source.splitlines())
         assert n <= lines and len(source) <= most, f"{n} lines, {len(source)} characters: {source[:80]!r}"
-    lengths = [(len(source.splitlines()), len(source)) for source, _ in code] or [(0, 0)]
+    lengths = [(len(source.splitlines()), len(source)) for source in sources] or [(0, 0)]
     lines, characters = map(statistics.median, zip(*lengths))
-    assert lines <= 10 and characters <= 600, f"the median cell has {lines} lines, {characters} characters"
+    assert lines <= 16 and characters <= 600, f"the median cell has {lines} lines, {characters} characters"
 
 
 def whole_class(source):
-    "Does a cell hold one class and nothing else?"
+    "Does a cell hold one class, and at most the lines that put it into a registry?"
     try: body = ast.parse(source).body
     except SyntaxError: return False  # a magic
-    return len(body) == 1 and isinstance(body[0], ast.ClassDef)
+    rest = [node for node in body if not isinstance(node, ast.ClassDef)]
+    return len(body) - len(rest) == 1 and len(rest) <= 2 and all(isinstance(node, ast.Assign) for node in rest)
 
 
 @pytest.mark.parametrize("notebook", LIBRARY, ids=name)
@@ -170,6 +172,14 @@ def test_no_line_of_code_is_wide():
     wide = [place for path in code + [ROOT / "workflow/Snakefile"]
             for line, place in code_lines(path) if len(line) > WIDTH]
     assert not wide, f"{len(wide)} lines of more than {WIDTH} characters:\n" + "\n".join(wide)
+
+
+def test_the_sidebar_lists_every_notebook():
+    "The library in the order of its numbers."
+    listed = re.findall(r"- (\S+\.ipynb)", (ROOT / "nbs/sidebar.yml").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(str(path.relative_to(ROOT / "nbs")) for path in notebooks())
+    library = [page for page in listed if page.startswith("library/")]
+    assert library == sorted(library)
 
 
 def test_train_has_parameters():
@@ -262,6 +272,9 @@ def undocumented(f):
     bases = f.__mro__[1:] if dataclasses.is_dataclass(f) else []
     bases = [base for base in bases if dataclasses.is_dataclass(base) and "__init__" in vars(base)]
     inherited = {n for base in bases for n, note in docments(base, returns=False).items() if note}
+    contracts = [c for c in vars(sys.modules[f.__module__]).values()
+                 if getattr(c, "_is_protocol", False) and c.__module__ == f.__module__]
+    inherited |= {n for c in contracts for n, note in docments(c.__call__, returns=False).items() if note}
     return [n for n, note in notes.items() if not note and n not in {"self", "cls"} | variable | inherited]
 
 

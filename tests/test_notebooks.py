@@ -15,7 +15,7 @@ SHORT = {ROOT / "nbs/train.ipynb": dict(epochs=3, sample_steps=64),
 
 
 def shown(path):
-    "Is a notebook for reading alone? The studies are, to nbdev_test: test_studies.py runs them."
+    "Is a notebook for reading alone? The studies are, to nbdev_test: test_experiments.py runs them."
     return any("skip_exec: true" in source for kind in ("raw", "markdown") for source, _ in cells(path, kind))
 
 

@@ -1,37 +1,22 @@
-"Attempts to break lfdm.sampling: few steps, odd chunks, bad choices, ends of the noise range; the exact denoiser reaches the exact distribution."
+"Attempts to break lfdm.sampling: few steps, odd chunks, bad choices, ends of the noise range, many networks."
 import math
 import re
+from functools import partial
 
 import pytest
 import torch
 
-from lfdm.networks import MLP
-from lfdm.sampling import sample, sampling
-from lfdm.steps import SAMPLERS, ancestral_step, ddim_step, exact_denoiser, network_denoiser
+from gaussians import exact, f64, gaussian, generator, refuse, states
+from lfdm.core import from_spec
+from lfdm.networks import MLP, StackedMLP
+from lfdm.sampling import checked_schedule, sample, sample_stack, sampling
 from lfdm.schedules import SCHEDULES
+from lfdm.steps import SAMPLERS, Counted, ddim_step, network_denoiser
 
-torch.set_num_threads(1)
-both = pytest.mark.parametrize('sampler', ['ancestral', 'ddim'])
-every_schedule = pytest.mark.parametrize('schedule', ['cosine', 'linear', 've'])
-
-
-class Gaussian:
-    "One Gaussian: its posterior mean in one line."
-    def __init__(self, mean=2., std=.5): self.mean, self.std = mean, std
-    def denoise(self, z, alpha, sigma): return (sigma**2 * self.mean + alpha * self.std**2 * z) / (alpha**2 * self.std**2 + sigma**2)
-
-exact = exact_denoiser(Gaussian())
-
-
-def refuse(z, level): raise AssertionError('work before the choices were checked')
-
-
-def generator(seed=0): return torch.Generator().manual_seed(seed)
-
-
-def states(denoiser=exact, shape=(6, 2), **kw):
-    kw = {'steps': 5, 'generator': generator()} | kw
-    return list(sampling(denoiser, shape, **kw))
+every = pytest.mark.parametrize("sampler", SAMPLERS)
+both = pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
+every_schedule = pytest.mark.parametrize("schedule", ["cosine", "linear", "ve"])
+UNCUT = SCHEDULES["cosine"](-math.inf, math.inf)
 
 
 # ---- the distribution
@@ -40,31 +25,29 @@ def states(denoiser=exact, shape=(6, 2), **kw):
 def test_ancestral_sampling_reaches_the_distribution_as_the_steps_grow(schedule):
     n, gaps = 20_000, {}
     for steps in (4, 32, 256):
-        x = sample(exact, n, 2, steps, schedule, 'ancestral', seed=steps, chunk=n).double()
+        x = sample(exact, n, 2, steps, schedule, "ancestral", seed=steps, chunk=n).double()
         gaps[steps] = abs(x.var(0).mean().item() / .25 - 1)
-        mean = x.mean(0)
     assert gaps[4] > 2 * gaps[32] > 4 * gaps[256] or gaps[256] < 4 / n**.5
-    assert gaps[4] > .1                                       # few steps are visibly wrong, so the test can see
-    assert gaps[256] < 2 / 256 * 12.9 + 4 * n**-.5             # first order in the step of λ
-    assert (mean - 2).abs().max() < .02 + 4 * .5 * n**-.5      # the prior forgets the mean but for α at t = 1
-    skew = ((x - 2) / .5).pow(3).mean().item()
-    assert abs(skew) < .2
+    assert gaps[4] > .1                                             # few steps are visibly wrong
+    assert gaps[256] < 2 / 256 * 12.9 + 4 * n**-.5                  # first order in the step of λ
+    assert (x.mean(0) - 2).abs().max() < .02 + 4 * .5 * n**-.5      # the prior forgets all but α at t = 1
+    assert abs(((x - 2) / .5).pow(3).mean().item()) < .2
 
 
 @every_schedule
 def test_ddim_maps_the_prior_as_the_probability_flow_does(schedule):
     "for a Gaussian: the standardized value stays the same along the flow"
-    d, s = Gaussian(), SCHEDULES[schedule]()
-    path = states(shape=(50, 2), steps=2000, schedule=schedule, sampler='ddim', dtype=torch.float64)
-    standard = lambda level, z: (z - level.alpha * d.mean) / (level.alpha**2 * d.std**2 + level.sigma**2)**.5
+    def standard(level, z):
+        mean, variance = gaussian.moments(level)
+        return (z - mean) / variance**.5
+    path = states(shape=(50, 2), steps=2000, schedule=schedule, sampler="ddim", dtype=f64)
     (_, first, z1), (_, end, z0) = path[0], path[-1]
     torch.testing.assert_close(standard(end, z0), standard(first, z1), atol=.01, rtol=0)
-    assert end.logsnr.item() == pytest.approx(s.logsnr_max) and first.logsnr.item() == pytest.approx(s.logsnr_min)
 
 
 def test_a_single_step_is_the_guess():
-    for sampler in ('ancestral', 'ddim', 'dpmpp_2m'):   # those that remix it
-        (_, t, prior), (_, s, z) = states(steps=1, sampler=sampler, dtype=torch.float64)
+    for sampler in ("ancestral", "ddim", "dpmpp_2m"):   # those that remix it
+        (_, t, prior), (_, s, z) = states(steps=1, sampler=sampler, dtype=f64)
         torch.testing.assert_close(z, exact(prior, t)[0], atol=.02, rtol=0)
 
 
@@ -73,10 +56,10 @@ def test_a_single_step_is_the_guess():
 @both
 @every_schedule
 def test_the_states_go_down_the_schedule(sampler, schedule):
-    s = SCHEDULES[schedule]()
-    path = states(schedule=schedule, sampler=sampler, steps=7)
+    path = states(schedule=schedule, sampler=sampler, steps=7.)
+    expected = SCHEDULES[schedule]().logsnr(torch.linspace(1, 0, 8).double()).float()
     assert [i for i, _, _ in path] == list(range(8))
-    torch.testing.assert_close(torch.stack([l.logsnr for _, l, _ in path]), s.logsnr(torch.linspace(1, 0, 8).double()).float())
+    torch.testing.assert_close(torch.stack([l.logsnr for _, l, _ in path]), expected)
     assert all(z.shape == (6, 2) and z.dtype == torch.float32 and z.isfinite().all() for _, _, z in path)
     assert len({z.data_ptr() for _, _, z in path}) == 8       # no state is overwritten by the next
 
@@ -84,58 +67,67 @@ def test_the_states_go_down_the_schedule(sampler, schedule):
 def test_the_prior_has_the_scale_of_the_noise():
     for schedule in SCHEDULES.values():
         (_, level, z), *_ = states(shape=(20_000, 2), steps=1, schedule=schedule)
-        assert z.std().item() == pytest.approx(float(level.alpha**2 + level.sigma**2)**.5, rel=.02)
+        assert z.std().item() == pytest.approx(level.scale.item(), rel=.02)
 
 
-def test_steps_are_pure():
-    z, noise = torch.randn(4, 2, generator=generator()), torch.randn(4, 2, generator=generator(1))
-    s, t = (SCHEDULES['cosine']().level(torch.tensor(u)) for u in (.4, .5))
-    for step in (ancestral_step, ddim_step):
-        before = z.clone(), noise.clone()
-        assert torch.equal(step(exact, z, s, t, noise), step(exact, z, s, t, noise))
-        assert torch.equal(z, before[0]) and torch.equal(noise, before[1])
+@pytest.mark.parametrize("shape", [(0, 2), (1, 1), (3, 5), (2, 3, 4, 4)])
+def test_other_shapes_and_types(shape):
+    *_, (_, _, z) = states(shape=shape, dtype=f64)
+    assert z.shape == shape and z.dtype == f64
 
 
-def test_other_shapes_and_types():
-    for shape in ((0, 2), (1, 1), (3, 5), (2, 3, 4, 4)):
-        *_, (_, _, z) = states(shape=shape, dtype=torch.float64)
-        assert z.shape == shape and z.dtype == torch.float64
+def test_a_chain_is_sampled_level_by_level_down_to_its_clean_end():
+    "T steps of a chain of T levels visit each; fewer skip, more wait; t = 0 is λ_0 and not the first level"
+    ddpm = SCHEDULES["ddpm"](T=20, beta_min=0.01, beta_max=0.5)
+    for schedule in (ddpm, SCHEDULES["discrete"](schedule="rectified_flow(-9, 9)", T=20)):
+        for steps in (20, 7, 33):
+            path = states(schedule=schedule, steps=steps, sampler="ddim", dtype=f64)
+            levels = torch.stack([level.logsnr for _, level, _ in path])
+            assert set(levels.tolist()) <= set(schedule._levels.tolist()) and (levels.diff() >= 0).all()
+            assert levels[0] == schedule.logsnr_min and levels[-1] == schedule.logsnr_max
+            if steps == 20: assert torch.equal(levels.flip(0), schedule._levels)
+            if steps == 33: assert len(levels.unique()) == 21
+            for (_, t, a), (_, s, b) in zip(path, path[1:]):
+                if t.logsnr == s.logsnr: torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_ancestral_sampling_of_ddpm_is_its_own_algorithm():
+    "x_{i-1} = (x_i - β_i/√(1-ᾱ_i) ε̂)/√α_i + √β̃_i ξ: Ho et al., algorithm 2, down to the data"
+    s = SCHEDULES["ddpm"](T=20, beta_min=0.01, beta_max=0.5, logsnr_max=math.inf)
+    alpha_bar = torch.cat([torch.ones(1, dtype=f64), torch.cumprod(1 - s.betas, 0)])
+    path, g = states(schedule=s, steps=20, dtype=f64), generator()
+    torch.randn(6, 2, generator=g, dtype=f64)
+    for i, (_, level, x), (_, _, after) in zip(range(20, 0, -1), path, path[1:]):
+        xi, beta = torch.randn(6, 2, generator=g, dtype=f64), s.betas[i - 1]
+        mean = (x - beta / (1 - alpha_bar[i]).sqrt() * exact(x, level)[1]) / (1 - beta).sqrt()
+        tilde = (1 - alpha_bar[i - 1]) / (1 - alpha_bar[i]) * beta
+        torch.testing.assert_close(after, mean + tilde.sqrt() * xi, rtol=1e-7, atol=1e-9)
 
 
 # ---- randomness
 
-@both
-def test_same_seed_same_samples(sampler):
-    a, b, c = (sample(exact, 9, steps=4, sampler=sampler, seed=seed) for seed in (3, 3, 4))
-    assert torch.equal(a, b) and not torch.equal(a, c)
-
-
-@both
-def test_the_global_random_state_is_neither_read_nor_changed(sampler):
-    results = []
+@every
+def test_samples_follow_from_the_seed_alone(sampler):
+    "and the prior alone decides where no step adds noise"
+    results, ends = [], []
     for seed in (1, 2):
-        torch.manual_seed(seed); before = torch.get_rng_state()
-        results.append(sample(exact, 9, steps=4, sampler=sampler))
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        results.append(sample(exact, 5, steps=3, sampler=sampler, seed=3))
         assert torch.equal(torch.get_rng_state(), before)
+        g = generator()
+        for i, _, z in sampling(exact, (6, 2), 5, sampler=sampler, generator=g):
+            if i == 0: g.manual_seed(seed)
+        ends.append(z)
     assert torch.equal(*results)
-
-
-def test_only_the_prior_decides_in_ddim():
-    ends = {}
-    for sampler in SAMPLERS:
-        for later in (1, 2):
-            g = generator(0)
-            for i, level, z in sampling(exact, (6, 2), 5, sampler=sampler, generator=g):
-                if i == 0: g.manual_seed(later)
-            ends[sampler, later] = z
-    assert torch.equal(ends['ddim', 1], ends['ddim', 2])
-    assert not torch.equal(ends['ancestral', 1], ends['ancestral', 2])
+    assert not torch.equal(results[0], sample(exact, 5, steps=3, sampler=sampler, seed=4))
+    assert torch.equal(*ends) == (sampler in ("ddim", "euler", "heun", "adaptive", "dpmpp_2m"))
 
 
 # ---- chunks
 
 @both
-@pytest.mark.parametrize('n, chunk', [(1, 2000), (1, 1), (5, 2), (6, 2), (7, 100), (5., 2.)])
+@pytest.mark.parametrize("n, chunk", [(1, 2000), (1, 1), (5, 2), (6, 2), (7, 100), (5., 2.)])
 def test_chunks(n, chunk, sampler):
     calls, sizes = [], []
     def denoiser(z, level): sizes.append(len(z)); return exact(z, level)
@@ -145,113 +137,170 @@ def test_chunks(n, chunk, sampler):
     assert calls == [(i + 1, len(sizes)) for i in range(len(sizes))]
 
 
+def test_two_step_memory_does_not_pass_from_chunk_to_chunk():
+    g = generator()
+    alone = [list(sampling(exact, (4, 2), 6, sampler="dpmpp_2m", generator=g))[-1][2] for _ in range(2)]
+    assert torch.equal(torch.cat(alone), sample(exact, 8, steps=6, sampler="dpmpp_2m", chunk=4))
+
+
+# ---- what a step is told
+
+@every
+def test_a_name_its_function_and_a_partial_of_it_are_one(sampler):
+    step = SAMPLERS[sampler]
+    a, b, c = (sample(exact, 5, steps=4, sampler=s) for s in (sampler, step, partial(step)))
+    assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_a_step_is_told_what_it_asks_for_and_nothing_else():
+    told = []
+    def asks(denoiser, z, s, t, noise, before, steps=None):
+        told.append((before, steps))
+        denoiser(z + 1, s)                                      # its first guess, at another place
+        return ddim_step(denoiser, z, s, t)
+    path = states(steps=4, sampler=asks)
+    assert [steps for _, steps in told] == [4] * 4 and told[0][0] is None
+    for (l, guess), (_, _, z), (_, s, _) in zip([before for before, _ in told[1:]], path, path[1:]):
+        assert all(map(torch.equal, l, s))                      # the level of the guess, here not the state's
+        torch.testing.assert_close(guess, exact(z + 1, s))
+    def asks_nothing(denoiser, z, s, t, noise): return ddim_step(denoiser, z, s, t)
+    def takes_all(denoiser, z, s, t, noise, **kw): assert not kw; return ddim_step(denoiser, z, s, t)
+    plain = sample(exact, 3, steps=4, sampler="ddim")
+    for step in (asks_nothing, takes_all): assert torch.equal(sample(exact, 3, steps=4, sampler=step), plain)
+
+
+# ---- the range of the training
+
+def test_what_a_network_knows_is_honoured_whatever_wraps_it():
+    net = network_denoiser(refuse, "eps", within=(-5., 5.))
+    says = "leaves the range of the training, -5 to 5"
+    for denoiser in (net, Counted(net), Counted(Counted(net))):
+        for schedule in ("cosine", SCHEDULES["ve"](-5.1, 5), SCHEDULES["ve"](-5, 5.1)):
+            with pytest.raises(ValueError, match=says): checked_schedule(schedule, denoiser)
+            with pytest.raises(ValueError, match=says): sampling(denoiser, (3, 2), 4, schedule)
+            with pytest.raises(ValueError, match=says): sample(denoiser, 3, schedule=schedule)
+        sampling(denoiser, (3, 2), 4, SCHEDULES["ve"](-5, 5))
+    assert getattr(exact, "within", None) is None and Counted(exact).within is None
+    assert type(checked_schedule("ve", exact)) is SCHEDULES["ve"]
+
+
+CUT = [((-5, 5), SCHEDULES["ve"](-7, 7)), ((-5, 5), SCHEDULES["ve"](-7, 4)),
+       ((-20., 5), SCHEDULES["linear"](-10, 7)),
+       ((-20., 5), SCHEDULES["cosine"](-25, 7)), ((-5, 5), SCHEDULES["edm_sample"](rho=3)),
+       ((-5, 5), SCHEDULES["discrete"](schedule="shifted_cosine(shift=1)", T=50)),
+       ((-12, 9.5), SCHEDULES["ddpm"]()), ((-5, 5), SCHEDULES["adaptive"](bins=7)),
+       ((-5, 5), SCHEDULES["logit_normal"](m=0.5))]
+
+@pytest.mark.parametrize("within, schedule", CUT, ids=lambda v: str(v)[:20])
+def test_the_advice_for_a_range_out_of_reach_is_one_that_works(within, schedule):
+    "and keeps the options; the linear schedule does not reach below -10.05"
+    net = network_denoiser(MLP(2, 8), "v", within=within)
+    with pytest.raises(ValueError) as e: sampling(net, (3, 2), 4, schedule)
+    advised = str(e.value).split("Choose '")[1].removesuffix("'.")
+    assert len(list(sampling(net, (3, 2), 4, advised))) == 5
+    advised = from_spec(SCHEDULES, advised, "schedule")
+    ends = ("logsnr_min", "logsnr_max", "scales")
+    def options(s): return {k: v for k, v in vars(s).items() if k[0] != "_" and k not in ends}
+    assert type(advised) is type(schedule) and options(advised) == options(schedule)
+    assert advised.logsnr_max == min(within[1], schedule.logsnr_max)
+
+
+@pytest.mark.parametrize("within, schedule", [((-5, 5), "ddpm"), ((5, 6), SCHEDULES["ve"](-7, 4))], ids=str)
+def test_a_range_that_cannot_be_cut(within, schedule):
+    with pytest.raises(ValueError, match="cannot be cut to that range. Choose another."):
+        sampling(network_denoiser(MLP(2, 8), "v", within=within), (3, 2), 4, schedule)
+
+
+# ---- the ends of the noise range, and untrained networks
+
 @both
-def test_a_chunk_larger_than_n_changes_nothing(sampler):
-    assert torch.equal(sample(exact, 5, steps=3, chunk=5, sampler=sampler), sample(exact, 5, steps=3, chunk=10**9, sampler=sampler))
-
-
-# ---- the ends of the noise range
-
-@both
-@pytest.mark.parametrize('target', ['v', 'x'])
+@pytest.mark.parametrize("target", ["v", "x"])
 def test_the_uncut_cosine_schedule_works_with_a_target_defined_everywhere(target, sampler):
-    uncut = SCHEDULES['cosine'](-math.inf, math.inf)
     denoiser = network_denoiser(MLP(2, 8), target)
-    path = states(denoiser, schedule=uncut, sampler=sampler)
+    path = states(denoiser, schedule=UNCUT, sampler=sampler)
     assert path[0][1].logsnr == -math.inf and path[-1][1].logsnr == math.inf
     assert all(z.isfinite().all() for _, _, z in path)
-    torch.testing.assert_close(path[-1][2], denoiser(path[-2][2], path[-2][1])[0].detach())   # nothing is added where σ = 0
+    guess = denoiser(path[-2][2], path[-2][1])[0].detach()   # nothing is added where σ = 0
+    torch.testing.assert_close(path[-1][2], guess)
 
 
 @both
-@pytest.mark.parametrize('target', ['eps', 'score'])
+@pytest.mark.parametrize("target", ["eps", "score"])
 def test_no_clamp_where_alpha_is_zero(target, sampler):
-    uncut = SCHEDULES['cosine'](-math.inf, math.inf)
-    with pytest.raises(ZeroDivisionError, match="alpha = 0.*'v'"): states(network_denoiser(MLP(2, 8), target), schedule=uncut, sampler=sampler)
+    with pytest.raises(ZeroDivisionError, match="alpha = 0.*'v'"):
+        states(network_denoiser(MLP(2, 8), target), schedule=UNCUT, sampler=sampler)
 
 
-@both
-@every_schedule
-@pytest.mark.parametrize('target', ['x', 'eps', 'v', 'score'])
-def test_an_untrained_network_gives_finite_samples(target, schedule, sampler):
-    assert sample(network_denoiser(MLP(2, 8), target), 3, steps=9, schedule=schedule, sampler=sampler).isfinite().all()
+@every
+@pytest.mark.parametrize("target", ["x", "eps", "v", "score"])
+def test_an_untrained_network_gives_finite_samples_and_keeps_no_graph(sampler, target):
+    torch.manual_seed(0)
+    denoiser = network_denoiser(MLP(2, 8), target)
+    for schedule in SCHEDULES:
+        path = states(denoiser, (3, 2), schedule=schedule, sampler=sampler)
+        assert path[-1][2].isfinite().all() and not any(z.requires_grad for _, _, z in path)
+
+
+# ---- many networks
+
+@every
+def test_a_stack_gives_what_each_network_gives_alone(sampler):
+    torch.manual_seed(1)
+    nets, targets, seeds = [MLP(2, 8) for _ in range(3)], ["x", "eps", "v"], [5, 6, 7]
+    how = dict(steps=6, schedule=SCHEDULES["cosine"](-6, 6), sampler=sampler, chunk=3)
+    told, near = [], 2e-3 if sampler == "adaptive" else 1e-4
+    how["progress"] = lambda *a: told.append(a)
+    together = sample_stack(StackedMLP(nets), targets, 5, seeds=seeds, **how)
+    del how["progress"]
+    alone = [sample(network_denoiser(*pair), 5, seed=seed, **how)
+             for *pair, seed in zip(nets, targets, seeds)]
+    torch.testing.assert_close(together, torch.stack(alone), rtol=near, atol=near)
+    assert len(together.flatten().unique()) == 30 and told == [(i, 12) for i in range(1, 13)]
+
+
+def test_a_stack_that_does_not_fit_together():
+    stack = StackedMLP([MLP(2, 8)] * 2)
+    with pytest.raises(ValueError, match="2 networks need as many targets, not 1"):
+        sample_stack(stack, ["x"], 3)
+    with pytest.raises(ValueError, match="2 networks need as many seeds, not 3"):
+        sample_stack(stack, ["x"] * 2, 3, seeds=[1, 2, 3])
 
 
 # ---- what goes wrong
 
-@both
-@pytest.mark.parametrize('bad', [math.nan, math.inf])
-def test_a_denoiser_that_stops_being_finite(bad, sampler):
-    calls = []
-    def denoiser(z, level):
-        calls.append(level); x, eps = exact(z, level)
-        if len(calls) == 3: x = x.clone(); x[4, 1] = bad
-        return x, eps
-    with pytest.raises(FloatingPointError) as e: states(denoiser, sampler=sampler)
-    at = SCHEDULES['cosine']().logsnr(torch.tensor(1 - 3 / 5, dtype=torch.float64))
-    assert 'step 3 of 5' in str(e.value) and f'logsnr {at:.4g}' in str(e.value) and len(calls) == 3
-
-
-@pytest.mark.parametrize('choice, message', [
-    ({'sampler': 'dim'}, "unknown sampler 'dim'. Did you mean 'ddim'?"), ({'sampler': 'DDIM'}, "Did you mean 'ddim'?"),
-    ({'sampler': None}, 'unknown sampler None'), ({'sampler': ''}, "unknown sampler ''"), ({'sampler': ['ddim']}, 'unknown sampler'),
-    ({'schedule': 'cosin'}, "unknown schedule 'cosin'. Did you mean 'cosine'?"), ({'schedule': None}, 'schedule must be a name'),
-    ({'steps': 0}, 'steps must be at least 1, not 0'), ({'steps': -3}, 'steps must'), ({'steps': 2.5}, 'steps must be a whole number, not 2.5'),
-    ({'steps': 'true'}, "steps must be a whole number, not 'true'"), ({'steps': True}, 'steps must'), ({'steps': None}, 'steps must'),
-    ({'steps': math.nan}, 'steps must'), ({'steps': math.inf}, 'steps must'), ({'steps': 10**400}, 'steps must')])
+@pytest.mark.parametrize("choice, message", [
+    ({"sampler": "dim"}, "unknown sampler 'dim'. Did you mean 'ddim'?"),
+    ({"sampler": "DDIM"}, "Did you mean 'ddim'?"),
+    *(({"sampler": bad}, f"unknown sampler {bad!r}") for bad in (3, None, "", "dpm++", ["ddim"])),
+    ({"schedule": "cosin"}, "unknown schedule 'cosin'. Did you mean 'cosine'?"),
+    ({"schedule": None}, "schedule must be a name"),
+    ({"steps": 0}, "steps must be at least 1, not 0"),
+    ({"steps": 2.5}, "steps must be a whole number, not 2.5"),
+    *(({"steps": bad}, "steps must") for bad in (-3, "true", True, None, math.nan, math.inf, 10**400)),
+], ids=str)
 def test_bad_choices_come_before_any_work(choice, message):
-    with pytest.raises((ValueError, TypeError), match=re.escape(message)): sampling(refuse, (6, 2), **choice)   # not even iterated
-    with pytest.raises((ValueError, TypeError), match=re.escape(message)): sample(refuse, 6, **choice)
+    for f in (lambda **kw: sampling(refuse, (6, 2), **kw), partial(sample, refuse, 6)):   # not even iterated
+        with pytest.raises((ValueError, TypeError), match=re.escape(message)): f(**choice)
 
 
-@pytest.mark.parametrize('choice, message', [
-    *(({name: bad}, f'{name} must') for name in ('n', 'chunk', 'dim') for bad in (0, -1, 1.5, math.nan, math.inf, '3', True, None, 10**400)),
-    *(({'seed': bad}, 'seed must') for bad in (.5, '0', None, True, math.nan, 2**64, 10**400))])
-def test_bad_numbers_come_before_any_work(choice, message):
-    with pytest.raises((ValueError, TypeError), match=message): sample(refuse, **{'n': 6} | choice)
+BAD = [*((name, bad) for name in ("n", "chunk", "dim")
+         for bad in (0, -1, 1.5, math.nan, math.inf, "3", True, None, 10**400)),
+       *(("seed", bad) for bad in (.5, "0", None, True, math.nan, 2**64, 10**400))]
+
+@pytest.mark.parametrize("name, bad", BAD, ids=lambda v: str(v)[:12])
+def test_bad_numbers_come_before_any_work(name, bad):
+    with pytest.raises((ValueError, TypeError), match=f"{name} must"):
+        sample(refuse, **{"n": 6} | {name: bad})
 
 
-def test_steps_may_be_a_whole_float():
-    assert len(states(steps=1e1)) == 11
-
-
-def test_a_network_of_the_wrong_shape_is_refused():
+@pytest.mark.parametrize("shape", [(2, 1), (2,), (1, 2), (3, 2)])
+def test_a_network_of_the_wrong_shape_is_refused(shape):
     "(n, 1) and (n,) with n = D = 2 broadcast silently"
-    for shape in ((2, 1), (2,), (1, 2), (3, 2)):
-        with pytest.raises(ValueError, match=re.escape(str(shape))):
-            states(network_denoiser(lambda z, u: torch.zeros(shape), 'v'), shape=(2, 2))
+    with pytest.raises(ValueError, match=re.escape(str(shape))):
+        states(network_denoiser(lambda z, u: torch.zeros(shape), "v"), shape=(2, 2))
 
 
-def test_an_unknown_target_is_refused_at_once():
-    with pytest.raises(ValueError, match="unknown target 'epsilon'.*Did you mean 'eps'"): network_denoiser(MLP(2, 8), 'epsilon')
-
-
-@pytest.mark.parametrize('device', ['cdu', '', 3.5])
+@pytest.mark.parametrize("device", ["cdu", "", 3.5])
 def test_an_unknown_device_is_refused(device):
-    with pytest.raises((ValueError, TypeError, RuntimeError), match='(?i)device'): sample(refuse, 3, device=device)
-
-
-def test_a_chain_is_sampled_level_by_level_down_to_its_clean_end():
-    "T steps of a chain of T levels visit each of them; fewer skip, more wait; t = 0 is λ_0 and not the first level"
-    for schedule in (SCHEDULES['ddpm'](T=20, beta_min=0.01, beta_max=0.5), SCHEDULES['discrete'](schedule='rectified_flow(-9, 9)', T=20)):
-        for steps in (20, 7, 33):
-            path = states(schedule=schedule, steps=steps, sampler='ddim', dtype=torch.float64)
-            levels = torch.stack([level.logsnr for _, level, _ in path])
-            assert set(levels.tolist()) <= set(schedule._levels.tolist()) and (levels.diff() >= 0).all()
-            assert levels[0] == schedule.logsnr_min and levels[-1] == schedule.logsnr_max
-            if steps == 20: assert torch.equal(levels.flip(0), schedule._levels)
-            if steps == 33: assert len(levels.unique()) == 21 and all(torch.equal(a[2], b[2]) or not torch.equal(a[1].logsnr, b[1].logsnr) or torch.allclose(a[2], b[2], rtol=1e-9) for a, b in zip(path, path[1:]))
-
-
-def test_ancestral_sampling_of_ddpm_is_its_own_algorithm():
-    "x_{i-1} = (x_i - β_i/√(1-ᾱ_i) ε̂)/√α_i + √β̃_i ξ, Ho et al., algorithm 2, step by step from the same noise, down to the data themselves"
-    s = SCHEDULES['ddpm'](T=20, beta_min=0.01, beta_max=0.5, logsnr_max=math.inf)
-    alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - s.betas, 0)])
-    path = states(schedule=s, steps=20, dtype=torch.float64, generator=generator(3))
-    g = generator(3)
-    torch.randn(6, 2, generator=g, dtype=torch.float64)
-    for i, (_, level, x), (_, _, after) in zip(range(20, 0, -1), path, path[1:]):
-        xi, beta = torch.randn(6, 2, generator=g, dtype=torch.float64), s.betas[i - 1]
-        eps = exact(x, level)[1]
-        tilde = (1 - alpha_bar[i - 1]) / (1 - alpha_bar[i]) * beta
-        torch.testing.assert_close(after, (x - beta / (1 - alpha_bar[i]).sqrt() * eps) / (1 - beta).sqrt() + tilde.sqrt() * xi, rtol=1e-7, atol=1e-9)
+    with pytest.raises((ValueError, TypeError, RuntimeError), match="(?i)device"):
+        sample(refuse, 3, device=device)

@@ -1,56 +1,354 @@
-"Every study runs from top to bottom at the smoke scale, made for this test alone, and leaves the repository as it was."
-import subprocess
-import tempfile
+"Records of many runs: small, whole or not there, and drawn from without the runs."
+import errno
+import io
+import json
+import multiprocessing
+import os
+import signal
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from beside import job
-from tree import ROOT, name, notebooks
+from lfdm.data import DATASETS
+from lfdm.grids import grid, make_grid
+from lfdm.parameters import Parameters
+from lfdm.studies import (
+    Record,
+    all_cached,
+    cached_arrays,
+    condense,
+    load_record,
+    make_record,
+    mean_sd,
+    measured,
+    npz_bytes,
+    outside,
+    table,
+)
 
-EXPERIMENTS = ROOT / "nbs/experiments"
-DRAWN = ("thesis.ipynb", "verdicts.ipynb")   # from the record that thesis_runs.ipynb leaves
-COMMAND = "thesis_runs.ipynb"                # by papermill's command, as `make figures` does; the others without the seconds that a kernel takes to start
-STUDIES = [path for path in notebooks() if path.parent == EXPERIMENTS]
-BEFORE = {}
-
-
-def state():
-    "The files that a study of the full scale writes, with their times. (runs/train belongs to the main job.)"
-    files = (path for folder in ("figures", "records", "runs") for path in (ROOT / folder).rglob("*"))
-    return {path: path.stat().st_mtime_ns for path in files if path.is_file() and ROOT / "runs/train" not in path.parents}
-
-
-def jobs():
-    "All studies; those that fail, as they should, by the command: what it says is what a user sees."
-    BEFORE.update(state())
-    empty = tempfile.mkdtemp()
-    made = [job(name(path), path, dict(scale="smoke"), command=path.name == COMMAND, late=path.name in DRAWN) for path in STUDIES]
-    return made + [job("wrong", STUDIES[0], dict(scale="smok"), command=True, LFDM_RUNS=empty),
-                   job("missing", EXPERIMENTS / DRAWN[0], dict(scale="smoke"), command=True, LFDM_RUNS=empty)]
+SMALL = dict(dataset="cluster", epochs=2, width=8, batch_size=10_000, sample_steps=4, n_samples=50)
+MEASURED = dict(steps=[2], epochs=[1, 2], times=[0.5], points=20, arrows=2, logsnr=[3.])
 
 
-@pytest.mark.parametrize("study", STUDIES, ids=name)
-def test_study_runs(study, outcomes):
-    outcome = outcomes[name(study)]
-    assert outcome["status"] == 0, outcome["said"][-3000:]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory): return tmp_path_factory.mktemp("runs")
 
 
-def test_the_smoke_scale_leaves_the_repository_as_it_was(outcomes):
-    assert not [str(path) for path, t in state().items() if BEFORE.get(path) != t]
+@pytest.fixture
+def runs(folder, monkeypatch):
+    monkeypatch.setenv("LFDM_RUNS", str(folder))
+    return folder
 
 
-def test_a_wrong_scale_is_named(outcomes):
-    done = outcomes["wrong"]
-    assert done["status"] != 0 and "Did you mean 'smoke'?" in done["said"]
+@pytest.fixture
+def record(runs): return condense(grid(target=["x", "v"], seed=[1, 0], **SMALL), "study", MEASURED)
 
 
-def test_a_missing_record_is_named_with_what_makes_it(outcomes):
-    done = outcomes["missing"]
-    assert done["status"] != 0 and "no record of study 'thesis'" in done["said"] and "Make it: make figures scale=smoke" in done["said"]
+def same(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
-@pytest.mark.parametrize("goal", ["figures", "draw"])
-def test_make_refuses_an_unknown_scale_before_any_work(goal):
-    done = subprocess.run(["make", "--silent", "--old-file=.venv/ready", goal, "scale=smal"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0 and "scale is full or quick, not smal." in done.stderr and "papermill" not in done.stdout
+# --- the record
+
+def test_a_record_comes_back_as_it_was(record):
+    path = record.save("study", "smoke")
+    again = load_record("study", "smoke")
+    assert again.rows == record.rows and again.settings == json.loads(json.dumps(record.settings))
+    assert same(again.arrays, record.arrays)
+    assert npz_bytes(again.arrays) == path.with_suffix(".npz").read_bytes()
+
+
+def test_rows_and_arrays_are_of_the_same_runs(record, runs):
+    for row, curve, quality in zip(record.rows, record.arrays["loss_curve"], record.arrays["quality"]):
+        lines = (runs / "study" / row["run"] / "metrics.jsonl").read_text().splitlines()
+        assert np.allclose(curve, [json.loads(line)["loss"] for line in lines])
+        assert quality[-1, 0] == np.float32(row["mean_distance"])
+        assert row["run"].startswith(f"cluster-{row['target']}")
+
+
+def test_samples_are_kept_for_the_first_seed_alone(record):
+    assert [r["seed"] for r in record.rows] == [0, 0, 1, 1] and len(record.arrays["samples"]) == 2
+    assert record.values("samples", seed=0, target="v").shape == (1, 20, 2)
+    with pytest.raises(ValueError, match="first 2 of 4"): record.values("samples", target="v")
+
+
+@pytest.mark.parametrize("ask, says", [
+    (dict(name="loss_curv"), "Did you mean 'loss_curve'"),
+    (dict(name="loss", targets="x"), "Did you mean 'target'"),
+    (dict(name="loss", target="eps"), "unknown target 'eps'. Valid: 'x', 'v'"),
+    (dict(name="loss", seed=7), r"no run has seed = 7, only \[0, 1\]")])
+def test_what_is_not_in_a_record_is_named(record, ask, says):
+    with pytest.raises(ValueError, match=says): record.values(**ask)
+
+
+def test_an_array_longer_than_the_runs_is_refused():
+    with pytest.raises(ValueError, match="'a' has 2 entries for 1 runs"): Record({}, [{}], {"a": np.zeros(2)})
+    with pytest.raises(ValueError, match="no run of this study has"):
+        Record({}, [dict(a=1, b=1), dict(a=2, b=2)], {}).where(a=1, b=2)
+
+
+@pytest.mark.parametrize("which", [".json", ".npz"])
+def test_a_missing_or_damaged_record_names_the_command(record, which):
+    path = record.save("study", "smoke").with_suffix(which)
+    whole = path.read_bytes()
+    for damage in (whole[:len(whole) // 2], b"", b"nonsense", whole[:-40] + bytes(40)):
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match="is damaged.*Make it: make figures scale=smoke"):
+            load_record("study", "smoke")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"study-smoke{which} is missing. Make it: papermill x"):
+        load_record("study", "smoke", "papermill x")
+
+
+def test_a_half_written_record_is_not_taken_for_one(record, monkeypatch):
+    "killed between the arrays and the rows: the old rows do not belong to the new arrays"
+    record.save("study", "smoke")
+    curve = record.arrays["loss_curve"]
+    other = Record(record.settings, record.rows, record.arrays | {"loss_curve": curve + 1})
+    replace = os.replace
+    def die(a, b):
+        if str(b).endswith(".json"): raise OSError("disk full")
+        replace(a, b)
+
+    with monkeypatch.context() as m:
+        m.setattr(os, "replace", die)
+        with pytest.raises(OSError, match="disk full"): other.save("study", "smoke")
+    with pytest.raises(ValueError, match="do not belong together"): load_record("study", "smoke")
+
+
+def test_a_record_from_before_a_parameter_was_added_is_of_its_default(record, runs):
+    "it is not taken for a study of other parameters, and one of other parameters is still refused"
+    old = [{k: v for k, v in row.items() if k not in Parameters.ADDED} for row in record.rows]
+    Record(record.settings, old, record.arrays).save("old", "smoke")
+    asked = grid(target=["x", "v"], seed=[1, 0], **SMALL)
+    other = asked[1:] + grid(target="x", ema=.5, warmup=3, **SMALL)
+    says = r"parameters: ema \[None\], not \[0.5, None\]; warmup \[0\], not \[0, 3\]\. Choose"
+    with pytest.raises(ValueError, match=says):
+        make_record("old", other, MEASURED, "smoke")
+    make_record("old", asked, MEASURED, "smoke")
+    assert all({"ema", "clip", "warmup"} <= set(row) for row in load_record("old", "smoke").rows)
+
+
+def test_an_unknown_scale_is_refused_before_any_work(runs):
+    with pytest.raises(ValueError, match="Did you mean 'smoke'"):
+        make_record("new", grid(target="x", **SMALL | {"width": 9}), MEASURED, "smok")
+    assert not (runs / "new-smok").exists()
+
+
+# --- measurements that are kept
+
+ARRAYS = {"a": np.arange(6.).reshape(2, 3), "b": np.array(3, dtype=np.int16),
+          "c": np.array(["x", "yy"]), "d": np.zeros((0, 2), np.float16)}
+
+
+def counted(arrays=ARRAYS):
+    "make(), and the list that grows with each call"
+    calls = []
+    return lambda: calls.append(1) or arrays, calls
+
+
+def test_measurements_of_a_run_are_made_once_for_each_settings(record, runs):
+    run = runs / "study" / record.rows[0]["run"]
+    first = measured(run, MEASURED)
+    path, = (runs / "study" / "measured").glob(f"{run.name}-*.npz")
+    before = path.stat().st_mtime_ns
+    assert same(measured(run, MEASURED), first) and path.stat().st_mtime_ns == before
+    assert measured(run, MEASURED | {"steps": [2, 3]})["quality"].shape == (3, 4)
+    assert len(list(path.parent.glob(f"{run.name}-*.npz"))) == 2
+
+
+def test_arrays_are_made_once_and_come_back_as_they_were(tmp_path):
+    make, calls = counted()
+    path = tmp_path / "deep" / "er" / "a.npz"
+    assert all(same(cached_arrays(p, make), ARRAYS) for p in (path, path, str(path))) and len(calls) == 1
+    assert [f.name for f in path.parent.iterdir()] == ["a.npz"] and path.read_bytes() == npz_bytes(ARRAYS)
+
+
+def npy(a):
+    with io.BytesIO() as f: np.save(f, a); return f.getvalue()
+
+
+@pytest.mark.parametrize("damage", [
+    lambda b: b"", lambda b: b"nonsense", lambda b: b[:len(b) // 2], lambda b: b[:-1],
+    lambda b: b[:60] + bytes([b[60] ^ 1]) + b[61:], lambda b: npy(np.arange(3)),
+    lambda b: npz_bytes({"a": np.array([{}], dtype=object)})], ids=range(7))
+def test_a_damaged_file_is_made_again(tmp_path, damage):
+    "cut anywhere, one bit of the data turned, another kind of file, one that would have to be unpickled"
+    make, calls = counted({"a": np.arange(100.)})
+    path = tmp_path / "a.npz"
+    cached_arrays(path, make)
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    assert all(same(cached_arrays(path, make), {"a": np.arange(100.)}) for _ in range(2))
+    assert len(calls) == 2 and path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
+
+
+def full(path, content):
+    with open(path, "wb") as f: f.write(content[:len(content) // 2])
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def refused(*a, **kw): raise OSError(errno.EROFS, "Read-only file system")
+
+
+@pytest.mark.parametrize("where, fails, says", [
+    ((Path, "write_bytes"), full, "No space left"), ((os, "replace"), refused, "Read-only"),
+    ((Path, "mkdir"), refused, "Read-only")], ids=["full", "rename", "folder"])
+@pytest.mark.parametrize("before", [None, b"damaged"])
+def test_a_full_disk_is_told_and_keeps_what_it_had(tmp_path, monkeypatch, where, fails, says, before):
+    path = tmp_path / "a.npz"
+    if before: path.write_bytes(before)
+    monkeypatch.setattr(*where, fails)
+    with pytest.raises(OSError, match=says): cached_arrays(path, lambda: ARRAYS)
+    left = [f.read_bytes() for f in tmp_path.iterdir()]
+    assert left == ([before] if before else []), "half a file, or a draft, was left"
+
+
+@pytest.fixture
+def place_for_all(tmp_path, monkeypatch):
+    monkeypatch.setenv("LFDM_RUNS", str(tmp_path))
+    return tmp_path
+
+
+def values(results): return [r["value"].item() for r in results]
+
+
+def test_an_interrupted_set_goes_on_where_it_stopped(place_for_all):
+    made, stop, reports = [], 2, []
+    def make(i):
+        if len(made) == stop: raise KeyboardInterrupt
+        made.append(i)
+        return {"value": np.array([i])}
+
+    asked = [dict(i=i) for i in range(5)]
+    with pytest.raises(KeyboardInterrupt): all_cached("study", "smoke", asked, make)
+    assert made == [0, 1]
+    stop = None
+    results = all_cached("study", "smoke", asked, make, progress=lambda *a: reports.append(a))
+    assert made == values(results) == [0, 1, 2, 3, 4] and reports == [("measure", k, 5) for k in range(6)]
+    assert values(all_cached("study", "smoke", [dict(i=4), dict(i=0), dict(i=4)], make)) == [4, 0, 4]
+    assert len(made) == 5 and all_cached("study", "smoke", [], make) == []
+
+
+def test_settings_are_told_apart_and_studies_and_scales_too(place_for_all):
+    made = []
+    def make(**kw):
+        made.append(kw)
+        return {"value": np.array(len(made))}
+
+    asked = [dict(a=1, b=2), dict(a=2, b=1), dict(a=1), dict(a="1"), dict(a=1.5), dict(a=None), dict(a=True),
+             dict(a=[1, 2]), dict(a=[2, 1]), dict(a={"c": 1})]
+    assert values(all_cached("one", "smoke", asked, make)) == list(range(1, 11)) and made == asked
+    all_cached("one", "smoke", [dict(b=2, a=1)], make)
+    assert len(made) == 10, "the order of the names does not matter"
+    for study, scale in (("other", "smoke"), ("one", "quick")): all_cached(study, scale, [dict(a=1)], make)
+    assert len(made) == 12 and len({f.parent for f in place_for_all.rglob("*.npz")}) == 3
+
+
+def test_settings_that_have_no_name_are_refused_before_any_work(place_for_all):
+    make, calls = counted()
+    asked = [dict(i=0), dict(i=np.int64(1))]
+    with pytest.raises(TypeError): all_cached("study", "smoke", asked, lambda i: make())
+    assert not calls, "the first was measured before the second was found to be no plain value"
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_the_share_outside_is_that_of_the_data_for_the_data(name):
+    dataset, q = DATASETS[name](), 0.1
+    spread = (q * (1 - q) * (1 / 5000 + 1 / 50_000))**0.5
+    assert abs(outside(dataset.sample(5000, seed=11), dataset, q) - q) < 5 * spread
+    assert outside(torch.full((10, 2), 50.), dataset, q) == 1
+
+
+# --- tables
+
+@pytest.mark.parametrize("given, form, said", [([], ".3f", "–"), ([2.], ".1f", "2.0 ± 0.0"),
+                                               (np.array([1., 3.]), ".2f", "2.00 ± 1.41")])
+def test_means_over_seeds(given, form, said): assert mean_sd(given, form) == said
+
+
+def test_a_table_has_a_line_for_each_row():
+    made = table(("a", "b"), [(1, "x"), (2.5, None)], "\n\nnote").data
+    assert made == "| a | b |\n| --- | --- |\n| 1 | x |\n| 2.5 | None |\n\nnote"
+
+
+# --- several processes
+
+def test_two_workers_keep_the_order(place_for_all):
+    def make(i):
+        import time
+
+        import numpy as np
+        time.sleep(0.3 if i == 5 else 0)
+        return {"value": np.array([i])}
+    order, reports = [5, 3, 0, 4, 1, 2], []
+    results = all_cached("study", "smoke", [dict(i=i) for i in order], make, workers=2,
+                         progress=lambda *a: reports.append(a))
+    assert values(results) == order and reports == [("measure", k, 6) for k in range(7)]
+    def never(i): raise AssertionError("made twice")
+    assert values(all_cached("study", "smoke", [dict(i=i) for i in range(6)], never)) == list(range(6))
+
+
+def test_an_error_in_one_measurement_is_told_and_the_finished_ones_stay(place_for_all):
+    def make(i):
+        import numpy as np
+        if i == 2: raise RuntimeError("measured in vain")
+        return {"value": np.array([i])}
+    asked = [dict(i=i) for i in range(3)]
+    with pytest.raises(RuntimeError, match="in vain"): all_cached("study", "smoke", asked, make, workers=2)
+    files = {f.name: f.stat().st_mtime_ns for f in place_for_all.rglob("*.npz")}
+    assert 0 < len(files) < 3 and not list(place_for_all.rglob(".*.npz*"))
+    all_cached("study", "smoke", asked[:2], make)
+    after = {f.name: f.stat().st_mtime_ns for f in place_for_all.rglob("*.npz")}
+    assert files.items() <= after.items()
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    parameters = grid(target=["x", "eps", "v"], **SMALL)
+    one, _ = make_grid(parameters, root=tmp_path / "one", stack=1)
+    two, _ = make_grid(parameters, root=tmp_path / "two", stack=1, workers=2)
+    assert list(one) == list(two) == parameters
+    for p in parameters:
+        assert two[p].environment["threads"] == 1
+        assert two[p].summary["loss"] == pytest.approx(one[p].summary["loss"], rel=1e-4)
+        assert (one[p].samples - two[p].samples).abs().max() < 1e-2
+
+
+def test_an_error_in_one_process_is_told_and_the_finished_runs_stay(tmp_path):
+    parameters = grid(target=["x", "eps", "v", "score"], **SMALL)
+    (tmp_path / "train").mkdir()
+    whole, _ = make_grid(parameters[:1], root=tmp_path)
+    in_the_way = tmp_path / "train" / f".{parameters[2].slug()}.partial"
+    in_the_way.write_text("")
+    how = dict(root=tmp_path, stack=1, workers=2)
+    with pytest.raises(OSError, match="cannot write runs"): make_grid(parameters, **how)
+    in_the_way.unlink()
+    again, _ = make_grid(parameters, **how)
+    assert len(again) == 4 and again[parameters[0]].environment == next(iter(whole.values())).environment
+
+
+def endless(root):
+    make_grid(grid(target=["x", "v"], **SMALL | {"epochs": 100_000}), root=root, stack=1, workers=2)
+
+
+def test_a_killed_study_leaves_no_process_behind(tmp_path):
+    "the workers hold the locks of their runs: if they lived on, the study could not be resumed"
+    def written(): return {f: f.stat().st_mtime_ns for f in (tmp_path / "train").glob(".stack-*.safetensors")}
+    def wait(condition, what):
+        for _ in range(600):
+            if condition(): return
+            time.sleep(0.1)
+        raise AssertionError(what)
+    def quiet():
+        before = written()
+        time.sleep(1.5)
+        return before == written()
+    parent = multiprocessing.get_context("spawn").Process(target=endless, args=(tmp_path,))
+    parent.start()
+    wait(lambda: len(written()) == 2, "no training began")
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.join()
+    wait(quiet, "the workers live on")

@@ -1,1 +1,2 @@
-from . import templates  # it joins IMAGES
+"Images: sets of them, their probabilities, a UNet, the distances of samples, and runs on images."
+from lfdm.images import templates  # noqa: F401  it joins IMAGES

@@ -1,0 +1,96 @@
+"Chains of T levels: any schedule seen at T times, and DDPM's own."
+import math
+
+import numpy as np
+import pytest
+import sympy
+import torch
+from hypothesis import given, settings, strategies as st
+
+from lfdm.adaptive import AdaptiveSchedule
+from lfdm.discrete import DDPMSchedule, DiscreteSchedule
+from lfdm.schedules import CONTINUOUS, sde
+
+f32, f64 = torch.float32, torch.float64
+close = torch.testing.assert_close
+few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 1000, 10**5, 10**6])
+def test_a_time_i_over_T_finds_level_i(T):
+    "in spite of rounding, in float32 too; and no time above 0 is at level 0, which no loss knows"
+    s, i = DiscreteSchedule(-9, 9, T=T), torch.arange(T + 1)
+    for dtype in (f32, f64):
+        assert torch.equal(s.index(i.to(dtype) / T), i)
+        smallest = torch.tensor([0., torch.finfo(dtype).tiny, torch.finfo(dtype).eps / 2], dtype=dtype)
+        assert s.index(smallest).tolist() == [0, 1, 1]
+        # beyond 10^5, float32 has too few digits for that many levels
+        if T <= 10**5: assert torch.equal(s.cell(s.logsnr(i[1:].to(dtype) / T)), i[1:])
+    assert torch.equal(s.index((i[1:].double() - 0.5) / T), i[1:])
+
+
+@pytest.mark.parametrize("inner", [*CONTINUOUS, "shifted_cosine(shift=-1)", "linear(-5, 6)"])
+def test_a_schedule_seen_at_T_times(inner):
+    "its levels and scales at i/T, one cell of mass 1/T between two levels, t(λ(t)) the end of the cell"
+    s, path = DiscreteSchedule(schedule=inner, T=13), DiscreteSchedule(schedule=inner, T=1)._seen
+    i, levels, drops = torch.arange(14, dtype=f64), s._levels[1:], -s._levels.diff()
+    for f in ("logsnr", "alpha", "sigma"):
+        close(getattr(s, f)(i / 13), getattr(path, f)(i / 13), rtol=1e-12, atol=1e-12)
+    t = torch.linspace(0.001, 1, 99, dtype=f64)
+    close(s.t(s.logsnr(t)), (t * 13 - 1e-9).ceil() / 13, rtol=1e-12, atol=0)
+    between = (s._levels[1:] + s._levels[:-1]) / 2   # a level between belongs to the next noisier one
+    assert torch.equal(s.level_at(between).logsnr, levels)
+    close(s.density(between) * drops, torch.full_like(drops, 1 / 13), rtol=1e-12, atol=0)
+    assert (s.density(torch.tensor([s.logsnr_min - 1e-6, s.logsnr_max + 1e-6], dtype=f64)) == 0).all()
+    snr = s._levels.exp()                            # thesis 3.17: a difference of SNRs
+    close(-s.dlogsnr_at(levels), 13 * (snr[:-1] / snr[1:] - 1), rtol=1e-9, atol=0)
+    close(s.jump(levels), s.before(levels) - levels)
+
+
+@few
+@given(st.integers(1, 60), st.floats(1e-4, 0.5), st.floats(0, 0.49))
+def test_ddpm_is_the_plain_product(T, beta_min, more):
+    options = dict(logsnr_max=math.inf, T=T, beta_min=beta_min, beta_max=beta_min + more)
+    s, i = DDPMSchedule(**options), torch.arange(1, T + 1, dtype=f64) / T
+    product = torch.tensor(np.cumprod([1 - (beta_min + more * k / max(1, T - 1)) for k in range(T)]))
+    close(s.alpha(i)**2, product, rtol=1e-9, atol=0)
+    close(s.sigma(i)**2, 1 - product, rtol=1e-9, atol=1e-12)
+    assert (s.alpha(0.), s.sigma(0.), s.logsnr_min, s.steps) == (1, 0, s._levels[-1], T)
+    assert DDPMSchedule(s.logsnr_min, **options).logsnr_min == s.logsnr_min
+
+
+def test_the_betas_of_chains_are_those_that_other_code_writes():
+    f = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2)**2
+    betas = dict(linear=np.linspace(1e-4, 0.02, 1000), cosine=np.minimum(1 - f[1:] / f[:-1], 0.999),
+                 scaled_linear=np.linspace(1e-4**0.5, 0.02**0.5, 1000)**2)
+    for name, beta in betas.items():
+        alpha = DDPMSchedule(beta=name, logsnr_max=20).alpha(torch.arange(1, 1001, dtype=f64) / 1000)
+        np.testing.assert_allclose(alpha**2, np.cumprod(1 - beta), rtol=1e-9)
+
+
+@pytest.mark.parametrize("cls, bad, text", [
+    *((cls, dict(T=T), "T must be") for cls in (DiscreteSchedule, DDPMSchedule)
+      for T in (0, 1.5, True, "10", math.nan, 10**7)),
+    (DiscreteSchedule, dict(schedule="cosin"), "Did you mean 'cosine'"),
+    (DiscreteSchedule, dict(schedule="cosine(-inf, inf)"), "finite range"),
+    *((DiscreteSchedule, dict(schedule=s), "levels of its own")
+      for s in ("ddpm", "adaptive", "discrete(T=4)")),
+    (DiscreteSchedule, dict(schedule="linear", logsnr_min=-12), "linear schedule reaches"),
+    (DiscreteSchedule, dict(schedule=None), "schedule must be"),
+    (DiscreteSchedule, dict(logsnr_min=5, logsnr_max=-5), "logsnr_min must be below"),
+    (DiscreteSchedule, dict(logsnr_min=0, logsnr_max=1e-12, T=10**5), "levels of 'discrete' do not fall"),
+    (DDPMSchedule, dict(logsnr_min=-12), "cannot end at -12"),
+    (DDPMSchedule, dict(logsnr_max=5), "above the first level"),
+    (DDPMSchedule, dict(beta="scaled-linear"), "Did you mean 'scaled_linear'"),
+    *((DDPMSchedule, dict(beta_min=b), "beta_min must be") for b in (0, "1")),
+    (DDPMSchedule, dict(beta_max=1), "beta_max must be"),
+    (DDPMSchedule, dict(beta_min=0.1, beta_max=0.01), "beta_max must be")], ids=str)
+def test_chains_that_cannot_be(cls, bad, text):
+    with pytest.raises((TypeError, ValueError), match=text): cls(**bad)
+
+
+def test_a_staircase_has_no_process_and_no_formula():
+    for s in (DiscreteSchedule(), DDPMSchedule(), AdaptiveSchedule()):
+        with pytest.raises(TypeError, match="no formula"): s.logsnr(sympy.Symbol("t"))
+        if s.steps:
+            with pytest.raises(ValueError, match="jumps from level to level"): sde(s, torch.tensor([0.5]))

@@ -1,0 +1,60 @@
+"Every study runs from top to bottom at the smoke scale, and leaves the repository as it was."
+import subprocess
+import tempfile
+
+import pytest
+
+from beside import job
+from tree import ROOT, name, notebooks
+
+EXPERIMENTS = ROOT / "nbs/experiments"
+DRAWN = ("thesis.ipynb", "verdicts.ipynb")   # from the record that thesis_runs.ipynb leaves
+COMMAND = "thesis_runs.ipynb"                # by papermill's command, as `make figures` does
+STUDIES = [path for path in notebooks() if path.parent == EXPERIMENTS]
+BEFORE = {}
+
+
+def state():
+    "The files that a study of the full scale writes, with their times. (runs/train belongs to the main job.)"
+    files = (path for folder in ("figures", "records", "runs") for path in (ROOT / folder).rglob("*"))
+    kept = (path for path in files if path.is_file() and ROOT / "runs/train" not in path.parents)
+    return {path: path.stat().st_mtime_ns for path in kept}
+
+
+def jobs():
+    "All studies; those that fail, as they should, by the command: what it says is what a user sees."
+    BEFORE.update(state())
+    empty = tempfile.mkdtemp()
+    made = [job(name(path), path, dict(scale="smoke"), command=path.name == COMMAND, late=path.name in DRAWN)
+            for path in STUDIES]
+    return made + [job("wrong", STUDIES[0], dict(scale="smok"), command=True, LFDM_RUNS=empty),
+                   job("missing", EXPERIMENTS / DRAWN[0], dict(scale="smoke"), command=True, LFDM_RUNS=empty)]
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=name)
+def test_study_runs(study, outcomes):
+    outcome = outcomes[name(study)]
+    assert outcome["status"] == 0, outcome["said"][-3000:]
+
+
+def test_the_smoke_scale_leaves_the_repository_as_it_was(outcomes):
+    assert not [str(path) for path, t in state().items() if BEFORE.get(path) != t]
+
+
+def test_a_wrong_scale_is_named(outcomes):
+    done = outcomes["wrong"]
+    assert done["status"] != 0 and "Did you mean 'smoke'?" in done["said"]
+
+
+def test_a_missing_record_is_named_with_what_makes_it(outcomes):
+    done = outcomes["missing"]
+    assert done["status"] != 0 and "no record of study 'thesis'" in done["said"]
+    assert "Make it: make figures scale=smoke" in done["said"]
+
+
+@pytest.mark.parametrize("goal", ["figures", "draw"])
+def test_make_refuses_an_unknown_scale_before_any_work(goal):
+    command = ["make", "--silent", "--old-file=.venv/ready", goal, "scale=smal"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and "scale is full or quick, not smal." in done.stderr
+    assert "papermill" not in done.stdout

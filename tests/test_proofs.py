@@ -1,0 +1,75 @@
+"prove, check and refute let through what is true, and nothing else."
+import math
+
+import numpy as np
+import pytest
+import sympy as sp
+import torch
+
+from lfdm.proofs import check, prove, refute
+
+x, p = sp.Symbol('x', real=True), sp.Symbol('p', positive=True)
+
+
+@pytest.mark.parametrize('left, right', [(sp.sin(x)**2 + sp.cos(x)**2, 1), ((p**2)**0.5, p)], ids=str)
+def test_prove_proves_what_is_true(left, right, capsys):
+    prove(left, right, 'a truth')
+    assert capsys.readouterr().out == 'proved: a truth\n'
+
+
+@pytest.mark.parametrize('left, right', [
+    (p, p + 1), (p, p * 1.000001), (p, -p), (sp.exp(p), 1 + p), (p**2, p**2 + sp.Rational(1, 10**12)),
+    (p, sp.nan), (sp.sqrt(x**2), x)], ids=str)
+def test_prove_proves_nothing_else(left, right, capsys):
+    with pytest.raises(AssertionError, match='not proved: a lie: the two sides differ by'):
+        prove(left, right, 'a lie')
+    assert capsys.readouterr().out == ''
+
+
+@pytest.mark.parametrize('value, expected, options', [
+    (torch.tensor([1., 2.]), [1., 2. + 1e-12], {}),
+    ([1e6 + 1e-4], [1e6], {}),                                   # relative, not absolute
+    (np.array([1e-12, 5.]), torch.tensor([0., 5.]), {}),         # 0 is expected: relative to the largest
+    (sp.Rational(1, 3), 1 / 3, {}),
+    ([math.inf, 0.], [math.inf, 0.], {}),
+    ([1., 2.], [1.05, 2.5], dict(within=[0.1, 1.])),             # each within its own standard error
+    (1.1, 1., dict(tolerance=0.2))], ids=str)
+def test_check_lets_through_what_agrees(value, expected, options, capsys):
+    check(value, expected, 'a claim', **options)
+    assert capsys.readouterr().out.startswith('checked: a claim: worst ')
+
+
+@pytest.mark.parametrize('value, expected, options', [
+    ([1., 2.1], [1., 2.], {}), (1e-6, 0., {}), ([1., 1e-8], [1., 0.], {}),
+    (2e-12, 1e-12, {}),                                          # a small number is not a small difference
+    (math.nan, 1., {}), (1., math.nan, {}), ([1., math.nan], 1., {}), (math.inf, 1., {}), (1., math.inf, {}),
+    ([1., 2.], [1.05, 2.5], dict(within=[0.01, 1.])), ([1., 1.], [1., 1.1], dict(within=0.)),
+    (math.nan, 1., dict(within=10.)), (math.inf, 1., dict(within=10.))], ids=str)
+def test_check_fails_where_numbers_differ(value, expected, options, capsys):
+    with pytest.raises(AssertionError, match='not so: a claim'): check(value, expected, 'a claim', **options)
+    assert capsys.readouterr().out == ''
+
+
+def test_check_names_the_worst_number():
+    with pytest.raises(AssertionError, match='4.4 is not 4, a relative difference of 0.1 .allowed 1e-09'):
+        check([1.01, 4.4, 1e3], [1., 4., 1e3], 'three')
+    with pytest.raises(AssertionError, match='1 is not 1.5, a difference of 0.5 .allowed 0.1'):
+        check([1., 2.], [1.5, 9.], 'two', within=[0.1, 6.])
+
+
+def test_check_needs_like_shapes():
+    with pytest.raises(ValueError, match='shape'): check([1., 1.], [1., 1., 1.], 'a claim')
+
+
+@pytest.mark.parametrize('left, right, at', [
+    (sp.Abs(x), x, None), (sp.Function('f')(x).diff(x), 0, None), (p, 1, {p: 2})], ids=str)
+def test_refute_finds_a_point(left, right, at, capsys):
+    refute(left, right, 'a lie', at)
+    assert capsys.readouterr().out.startswith('refuted: a lie: ')
+
+
+@pytest.mark.parametrize('left, right, at', [
+    (sp.Abs(p), p, None), (sp.sin(x)**2, 1 - sp.cos(x)**2, None), (p, 1, {p: 1}), (2, 2.0, None),
+    (sp.exp(sp.log(p) / 2), sp.sqrt(p), None)], ids=str)
+def test_refute_needs_a_point(left, right, at):
+    with pytest.raises(AssertionError, match='not refuted'): refute(left, right, 'a truth', at)

@@ -1,0 +1,113 @@
+"Attempts to break lfdm.validation: its numbers against plain Monte Carlo and the floor, odd bins."
+import copy
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from lfdm.evaluation import floor
+from lfdm.losses import DiffusionLoss
+from lfdm.schedules import SCHEDULES, network_logsnr
+from lfdm.validation import ValidationSet
+from trained import DATA, LOSS, X, new_net
+
+X64 = DATA.sample(20_000, 3, dtype=torch.float64)
+CHOICES = [("cosine", "eps", "weighted"), ("cosine", "v", "nelbo"), ("linear", "x", "weighted"),
+           ("ve", "eps", "nelbo"), ("ve", "v", "weighted")]
+
+
+def near_exact(loss, offset=0.):
+    "The network that knows the answer, plus an offset."
+    def net(z, u):
+        alpha, sigma = (a[:, None] for a in loss.schedule.scales(network_logsnr(u)))
+        z = z * (alpha**2 + sigma**2)**0.5
+        x = DATA.denoise(z, alpha, sigma)
+        return loss.target.encode(x, (z - alpha * x) / sigma, alpha, sigma) + offset
+    return net
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids="-".join)
+def test_loss_and_excess_agree_with_plain_monte_carlo_and_the_floor(choice):
+    loss, g = DiffusionLoss(*choice), torch.Generator().manual_seed(1)
+    measure, lower = ValidationSet(loss, X64, 20, denoise=DATA.denoise), floor(loss, DATA, 2001)
+    exact, off = measure(near_exact(loss)), measure(near_exact(loss, .3))
+    assert 0 <= exact["excess"] < 1e-9 * exact["loss"]
+    assert max(exact["excess_per_logsnr"]) < 1e-9 * max(exact["loss_per_logsnr"])
+    assert abs(exact["loss"] - lower) < 4 * exact["loss_se"] < .4 * exact["loss"]
+    x = X64.repeat(3, 1)
+    t, eps = torch.rand(len(x), generator=g).double(), torch.randn(x.shape, generator=g).double()
+    plain = loss(near_exact(loss, .3), x, t=t, eps=eps)
+    se = math.hypot(off["loss_se"], plain.std().item() / len(x)**.5)
+    assert abs(off["loss"] - plain.mean().item()) < 4 * se
+    assert abs(off["loss"] - off["excess"] - lower) < 4 * math.hypot(off["loss_se"], off["excess_se"])
+    assert off["excess"] > 4 * off["excess_se"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 60), st.integers(1, 60), st.integers(0, 99))
+def test_the_loss_per_logsnr_integrates_to_the_loss(n, bins, seed):
+    "for every number of examples and bins, also where one does not divide the other"
+    bins = min(n, bins)
+    v = ValidationSet(LOSS, X[:n], bins, seed, DATA.denoise)
+    report = v(new_net())
+    for name in ("loss", "excess"):
+        per = report[f"{name}_per_logsnr"]
+        assert len(per) == len(v.logsnr) == bins
+        assert sum(per) * v.width == pytest.approx(report[name], rel=1e-9)
+
+
+@pytest.mark.parametrize("bins", [20, 7])
+def test_the_loss_per_logsnr_lies_in_the_right_bins(bins):
+    "a loss of 1 everywhere: each bin then holds the density of λ there"
+    class Ones(DiffusionLoss):
+        def error(self, y, y_hat, level): return torch.ones_like(level.logsnr)
+    v = ValidationSet(Ones(), X64, bins)
+    edges = torch.linspace(-12.9, 12.9, bins + 1).double()
+    expected = -v.loss.schedule.t(edges).diff() / v.width
+    found = torch.tensor(v(lambda z, u: z)["loss_per_logsnr"]).double()
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=1e-9)
+    torch.testing.assert_close(v.logsnr, (edges[1:] + edges[:-1]) / 2)
+
+
+def test_the_same_seed_gives_the_same_set_and_another_another():
+    a, b, c = (ValidationSet(LOSS, X, 5, seed) for seed in (0, 0, 1))
+    assert torch.equal(a.z, b.z) and not torch.equal(a.z, c.z)
+    assert not torch.equal(a.level.logsnr, c.level.logsnr)
+
+
+def test_a_report_is_json_and_measuring_leaves_no_trace():
+    net, names = new_net(), ("", "_se", "_per_logsnr")
+    v, before = ValidationSet(LOSS, X, 5, denoise=DATA.denoise), copy.deepcopy(net.state_dict())
+    report = v(net)
+    assert json.loads(json.dumps(report)) == report == v(net)
+    assert all(p.grad is None for p in net.parameters())
+    assert all(torch.equal(before[k], p) for k, p in net.state_dict().items())
+    assert set(report) == {a + b for a in ("loss", "excess") for b in names}
+    assert set(ValidationSet(LOSS, X, 5)(net)) == {"loss" + b for b in names}
+
+
+def test_a_network_may_see_a_few_examples_at_a_time():
+    sizes = []
+    def net(z, u): sizes.append(len(z)); return z
+    whole, chunked = (ValidationSet(LOSS, X, 5, others=["nelbo"], chunk=chunk)(net) for chunk in (None, 40))
+    assert sizes == [101, 40, 40, 21] and whole == chunked and "nelbo_loss" in whole
+
+
+@pytest.mark.parametrize("name", ["bins", "seed", "chunk"])
+@pytest.mark.parametrize("wrong", [-1, 2.5, math.nan, True, "5", 10**400])
+def test_bad_numbers(name, wrong):
+    with pytest.raises((ValueError, TypeError), match=f"{name} must be"):
+        ValidationSet(LOSS, X, **{name: wrong})
+
+
+def test_bad_bins():
+    for wrong in (0, 102, None):
+        with pytest.raises((ValueError, TypeError), match="bins must be"): ValidationSet(LOSS, X, wrong)
+
+
+@pytest.mark.parametrize("ends", [(-math.inf, 12.9), (-12.9, math.inf), (-math.inf, math.inf)])
+def test_an_infinite_range_is_refused(ends):
+    loss = DiffusionLoss(SCHEDULES["cosine"](*ends), "v")
+    with pytest.raises(ValueError, match="finite range"): ValidationSet(loss, X, 5)
