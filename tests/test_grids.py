@@ -9,9 +9,8 @@ from lfdm.grids import SHARED, grid, make_grid, stacks_of
 from lfdm.images.parameters import ImageParameters
 from lfdm.parameters import Parameters
 from lfdm.runs import beside, folder_of, make_run
-from tiny import Stopped, register, stop_at
+from tiny import Stopped, Tiny, register, stop_at
 
-RING = DATASETS["ring"]
 SMALL = dict(epochs=2, width=8, batch_size=10_000, sample_steps=4, n_samples=50)
 
 
@@ -136,12 +135,14 @@ def test_a_full_disk_is_told(tmp_path):
 
 
 def test_a_diverging_run_of_a_grid_is_named_and_the_others_are_whole(tmp_path, monkeypatch):
-    class Huge(RING):
+    class Huge(Tiny):
         def draw(self, n, generator): return super().draw(n, generator) * 1e30
+    register(monkeypatch)
     monkeypatch.setitem(DATASETS, "huge", Huge)
-    runs, diverged = make_grid(grid(dataset=["ring", "huge", "swiss"], **SMALL), root=tmp_path)
-    assert [p.dataset for p in runs] == ["ring", "swiss"]
-    assert [(p.dataset, epoch) for p, epoch in diverged.items()] == [("huge", 1)]
+    asked = grid(**SMALL | dict(dataset=["tiny", "huge"], batch_size=100, seed=[0, 1]))
+    runs, diverged = make_grid(asked, root=tmp_path)
+    assert [(p.dataset, p.seed) for p in runs] == [("tiny", 0), ("tiny", 1)]
+    assert {(p.dataset, p.seed): epoch for p, epoch in diverged.items()} == {("huge", 0): 1, ("huge", 1): 1}
 
 
 def test_a_grid_over_the_options_stacks_what_is_alike(tmp_path, monkeypatch):
