@@ -10,7 +10,6 @@ import pytest
 import sympy
 import torch
 from hypothesis import given, settings, strategies as st
-from pinned import choices
 
 from lfdm.core import (
     as_number,
@@ -29,6 +28,7 @@ from lfdm.core import (
 from lfdm.schedules import SCHEDULES, Schedule
 from lfdm.targets import TARGETS
 from lfdm.weightings import WEIGHTINGS
+from pinned import choices
 
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 words = st.text(alphabet='abcdefgh_', min_size=1, max_size=6)

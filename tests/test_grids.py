@@ -1,100 +1,142 @@
-"A grid of runs: killed and taken up again, beside runs made alone, with one that diverges."
+"Attempts to break lfdm.grids: what shares a stack, grids killed and taken up again, one run that diverges."
 import pytest
 import torch
 from filelock import FileLock
 
 from lfdm import grids
-from lfdm.data import DATASETS, GaussianMixture
-from lfdm.grids import grid, make_grid
+from lfdm.data import DATASETS
+from lfdm.grids import SHARED, grid, make_grid, stacks_of
+from lfdm.images.parameters import ImageParameters
 from lfdm.parameters import Parameters
-from lfdm.runs import folder_of, make_run
+from lfdm.runs import beside, folder_of, make_run
+from tiny import Stopped, register, stop_at
 
-RING = DATASETS["ring"]()
+RING = DATASETS["ring"]
 SMALL = dict(epochs=2, width=8, batch_size=10_000, sample_steps=4, n_samples=50)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "A grid that was never disturbed."
+    asked = grid(dataset="cluster", target=["x", "eps", "v"], **SMALL)
+    return make_grid(asked, root=tmp_path_factory.mktemp("grid"), stack=2)[0]
 
 
 def test_a_grid_is_the_product_of_its_axes():
     made = grid(dataset=["ring", "waves"], target=("x", "v"), seed=[0, 1, 2], **SMALL)
     assert len(made) == len(set(made)) == 12 and all(isinstance(p, Parameters) for p in made)
-    assert [p.seed for p in made[:3]] == [0, 1, 2]
+    assert [(p.dataset, p.target, p.seed) for p in made[2:4]] == [("ring", "x", 2), ("ring", "v", 0)]
+    images = grid(ImageParameters, target=["x", "v"], seed=0)
+    assert [type(p) for p in images] == [ImageParameters] * 2 and [p.target for p in images] == ["x", "v"]
 
 
-def test_a_grid_that_cannot_be():
-    with pytest.raises(ValueError, match="unknown axis 'targets'. Did you mean 'target'"): grid(targets=["x"])
-    with pytest.raises(ValueError, match="axis 'seed' of the grid is empty"): grid(seed=[])
-    with pytest.raises(ValueError, match="unknown target 'noise'"): grid(target=["x", "noise"])
+@pytest.mark.parametrize("kind, axes, says", [
+    (Parameters, dict(targets=["x"]), "unknown axis 'targets'. Did you mean 'target'"),
+    (Parameters, dict(seed=[]), "axis 'seed' of the grid is empty"),
+    (Parameters, dict(target=["x", "noise"]), "unknown target 'noise'"),
+    (ImageParameters, dict(width=[8]), "unknown axis 'width'")])
+def test_a_grid_that_cannot_be(kind, axes, says):
+    with pytest.raises(ValueError, match=says): grid(kind, **axes)
 
 
-class Killed(BaseException): pass
+# ---- stacks
+
+def test_a_stack_shares_exact_values():
+    "digits that a repr drops count; what may differ in a stack, differs"
+    for field, values in dict(lr=[1e-3, 1.0000000001e-3], ema=[.9, .9000000001], clip=[None, 1.],
+                              warmup=[0, 1], schedule=["cosine", "shifted_cosine(shift=1e-9)"],
+                              logsnr_max=[9., 9.000000001], width=[8, 9],
+                              dataset=["ring", "cluster"]).items():
+        found = stacks_of(grid(**{field: values}))
+        assert len(found) == (1 if field == "dataset" else 2), field
+    free = {"dataset", "target", "weighting", "seed"}
+    assert set(SHARED) | free == set(Parameters.__dataclass_fields__)
 
 
-def same_end(run, other): assert run.summary == other.summary and torch.equal(run.samples, other.samples)
+def test_equal_losses_are_neighbours():
+    "though their reprs agree with those of others"
+    close = ["sigmoid(k=3)", "sigmoid(k=3.0000001)"]
+    asked = grid(seed=[0, 1, 2], weighting=close)
+    assert len({repr(p.loss()) for p in asked}) == 1
+    stack, = stacks_of(asked, 6)
+    assert [(p.weighting, p.seed) for p in stack] == [(w, s) for w in close for s in (0, 1, 2)]
 
 
-def die(phase, done):
-    def progress(*a):
-        if a[:2] == (phase, done): raise Killed
-    return progress
+def test_stacks_are_those_of_before():
+    "in their order: by what they share, then by their losses; runs with the same loss as they were asked for"
+    asked = grid(dataset=["waves", "ring"], target=["v", "x"], weighting=["weighted", "nelbo"], width=[16, 8])
+    found = [[(p.width, p.target, p.weighting, p.dataset) for p in stack] for stack in stacks_of(asked, 3)]
+    triples = [("v", "nelbo"), ("v", "weighted"), ("x", "nelbo"), ("x", "weighted")]
+    order = [[(width, *triple, d) for triple in triples for d in ("waves", "ring")] for width in (8, 16)]
+    assert found == [of_width[i:i + 3] for of_width in order for i in (0, 3, 6)]
 
 
-@pytest.fixture(scope="module")
-def never_killed(tmp_path_factory):
-    asked = grid(dataset="cluster", target=["x", "eps", "v"], **SMALL)
-    return make_grid(asked, root=tmp_path_factory.mktemp("grid"), stack=2)[0]
+# ---- killed, and beside others
+
+def same(runs, whole):
+    for p, run in runs.items():
+        assert (run.summary, run.metrics) == (whole[p].summary, whole[p].metrics)
+        assert torch.equal(run.samples, whole[p].samples)
+
+
+def records(root):
+    "The finished runs, and what is hidden beside them."
+    entries = list((root / "train").iterdir())
+    hidden = [f.name for f in entries if f.name.startswith(".")]
+    return {f.name: (f / "params.json").read_bytes() for f in entries if f.name not in hidden}, hidden
 
 
 DEATHS = [("train", 0), ("train", 1), ("train", 2), ("sample", 2), ("sample", 4), ("stack", 1)]
 
 @pytest.mark.parametrize("death", DEATHS, ids=str)
-def test_a_killed_grid_loses_nothing_and_ends_the_same(death, tmp_path, never_killed):
-    parameters = list(never_killed)
-    with pytest.raises(Killed): make_grid(parameters, root=tmp_path, stack=2, progress=die(*death))
-    folders = [f for f in (tmp_path / "train").iterdir() if f.is_dir() and not f.name.startswith(".")]
-    finished = {f / "params.json": (f / "params.json").read_bytes() for f in folders}
-    runs, diverged = make_grid(parameters, root=tmp_path, stack=2)
-    assert not diverged and list(runs) == parameters
-    for p, run in runs.items():
-        assert run.metrics == never_killed[p].metrics
-        same_end(run, never_killed[p])
-    for file, record in finished.items(): assert file.read_bytes() == record   # not made again
-    assert not [f.name for f in (tmp_path / "train").iterdir() if f.name.startswith(".")]
+def test_a_killed_grid_loses_nothing_and_ends_the_same(death, tmp_path, whole):
+    with pytest.raises(Stopped): make_grid(list(whole), root=tmp_path, stack=2, progress=stop_at(*death))
+    finished, _ = records(tmp_path)
+    runs, diverged = make_grid(list(whole), root=tmp_path, stack=2)
+    assert not diverged and list(runs) == list(whole)
+    same(runs, whole)
+    after, hidden = records(tmp_path)
+    assert not hidden and finished.items() <= after.items(), "made again"
 
 
-def test_a_grid_killed_between_the_records_of_a_stack_ends_the_same(tmp_path, never_killed, monkeypatch):
-    record, made = grids.write_record, []
-    def dying(work, task, *rest, **environment):
-        if made: raise Killed
-        made.append(task.parameters)
-        record(work, task, *rest, **environment)
-    monkeypatch.setattr(grids, "write_record", dying)
-    with pytest.raises(Killed): make_grid(list(never_killed), root=tmp_path, stack=2)
-    monkeypatch.undo()
-    before = (folder_of(made[0], root=tmp_path) / "params.json").read_bytes()
-    again, _ = make_grid(list(never_killed), root=tmp_path, stack=2)
-    for p, run in again.items(): same_end(run, never_killed[p])
-    assert (folder_of(made[0], root=tmp_path) / "params.json").read_bytes() == before   # not made again
+def test_a_grid_killed_between_the_records_of_a_stack_ends_the_same(tmp_path, whole, monkeypatch):
+    write, written = grids.write_record, []
+    def dying(*args, **kw):
+        if written: raise Stopped
+        written.append(write(*args, **kw))
+    with monkeypatch.context() as m, pytest.raises(Stopped):
+        m.setattr(grids, "write_record", dying)
+        make_grid(list(whole), root=tmp_path, stack=2)
+    finished, _ = records(tmp_path)
+    same(make_grid(list(whole), root=tmp_path, stack=2)[0], whole)
+    assert len(finished) == 1 and finished.items() <= records(tmp_path)[0].items(), "made again"
 
 
-def test_a_grid_takes_up_runs_made_alone(tmp_path, never_killed):
-    p, *_ = never_killed
+def test_a_grid_takes_up_runs_made_alone(tmp_path, whole):
+    p, *_ = whole
     alone = make_run(p, root=tmp_path)
-    runs, _ = make_grid(list(never_killed), root=tmp_path)
+    runs, _ = make_grid([*whole, *whole], root=tmp_path)   # asked for twice, made once
     assert runs[p].environment == alone.environment and "stacked" not in alone.environment
+    assert list(runs) == list(whole)
     assert all(r.environment["stacked"] == 2 for q, r in runs.items() if q != p)
 
 
-def test_a_grid_does_not_touch_a_run_another_process_is_making(tmp_path, never_killed):
-    p = list(never_killed)[1]
-    folder = folder_of(p, root=tmp_path)
-    folder.parent.mkdir()
-    says = "another process is making one of these runs"
-    with FileLock(folder.with_name(f".{folder.name}.lock")), pytest.raises(RuntimeError, match=says):
-        make_grid(list(never_killed), root=tmp_path)
-    assert len(make_grid(list(never_killed), root=tmp_path)[0]) == 3
+def test_a_grid_does_not_touch_a_run_another_process_is_making(tmp_path, whole):
+    lock = beside(folder_of(list(whole)[1], root=tmp_path), "lock")
+    lock.parent.mkdir()
+    busy = "another process is making one of these runs"
+    with FileLock(lock), pytest.raises(RuntimeError, match=busy): make_grid(list(whole), root=tmp_path)
+    assert len(make_grid(list(whole), root=tmp_path)[0]) == 3
+
+
+def test_a_full_disk_is_told(tmp_path):
+    (tmp_path / "train").write_text("mine")
+    with pytest.raises(OSError, match=f"cannot write runs to {tmp_path}.*run again to resume"):
+        make_grid(grid(**SMALL), root=tmp_path)
 
 
 def test_a_diverging_run_of_a_grid_is_named_and_the_others_are_whole(tmp_path, monkeypatch):
-    class Huge(type(RING)):
+    class Huge(RING):
         def draw(self, n, generator): return super().draw(n, generator) * 1e30
     monkeypatch.setitem(DATASETS, "huge", Huge)
     runs, diverged = make_grid(grid(dataset=["ring", "huge", "swiss"], **SMALL), root=tmp_path)
@@ -102,16 +144,11 @@ def test_a_diverging_run_of_a_grid_is_named_and_the_others_are_whole(tmp_path, m
     assert [(p.dataset, epoch) for p, epoch in diverged.items()] == [("huge", 1)]
 
 
-class Tiny(GaussianMixture):
-    n_train = n_test = 300
-    def __init__(self): super().__init__([[0., 0.], [2., 1.]], [.5, .8])
-
-
 def test_a_grid_over_the_options_stacks_what_is_alike(tmp_path, monkeypatch):
     "and each network's result is that of the run alone: the average of its weights"
-    monkeypatch.setitem(DATASETS, "tiny", Tiny)
-    tiny = SMALL | dict(dataset="tiny", target=["x", "v"], batch_size=100)
-    asked = grid(ema=[None, .8], **tiny) + grid(**tiny, clip=.3, warmup=4)
+    register(monkeypatch)
+    few = SMALL | dict(dataset="tiny", target=["x", "v"], batch_size=100)
+    asked = grid(ema=[None, .8], **few) + grid(**few, clip=.3, warmup=4)
     runs, diverged = make_grid(asked, root=tmp_path / "grid")
     assert not diverged and [r.environment["stacked"] for r in runs.values()] == [2] * 6
     for p in asked:
@@ -120,9 +157,3 @@ def test_a_grid_over_the_options_stacks_what_is_alike(tmp_path, monkeypatch):
             assert (a - b).abs().max() < 1e-3
         assert runs[p].metrics[-1]["loss"] == pytest.approx(alone.metrics[-1]["loss"], rel=1e-3)
     assert len({runs[p].metrics[-1]["loss"] for p in asked}) == 6
-
-
-def test_equal_parameters_are_made_once(tmp_path):
-    p = Parameters(dataset="cluster", **SMALL)
-    runs, _ = make_grid([p, p], root=tmp_path)
-    assert list(runs) == [p] and len([f for f in (tmp_path / "train").iterdir()]) == 1

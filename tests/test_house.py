@@ -117,7 +117,8 @@ def whole_class(source):
     try: body = ast.parse(source).body
     except SyntaxError: return False  # a magic
     rest = [node for node in body if not isinstance(node, ast.ClassDef)]
-    return len(body) - len(rest) == 1 and len(rest) <= 2 and all(isinstance(node, ast.Assign) for node in rest)
+    one = len(body) - len(rest) == 1
+    return one and len(rest) <= 2 and all(isinstance(node, ast.Assign) for node in rest)
 
 
 @pytest.mark.parametrize("notebook", LIBRARY, ids=name)
@@ -144,12 +145,13 @@ def test_nothing_imports_from_a_later_notebook():
     assert not later, "\n".join(later)
 
 
-DIRECTIVES = ("default_exp", "export", "exports", "exporti", "hide", "eval", "echo", "output", "include", "label")
+DIRECTIVES = ("default_exp", "export", "exports", "exporti", "hide", "eval", "echo", "output", "include",
+              "label")
 
 
 @NOTEBOOKS
 def test_a_continued_caption_is_no_directive(notebook):
-    "`#|` and two spaces go on with a caption. For nbdev each line is one of its own, known by its first word."
+    "`#|` and two spaces go on with a caption. To nbdev each line is a directive, known by its first word."
     lines = [line for source, _ in cells(notebook, "code") for line in source.splitlines()]
     continued = [(before, line) for before, line in zip(lines, lines[1:]) if re.match(r"#\|  +\S", line)]
     for before, line in continued:

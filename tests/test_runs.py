@@ -97,7 +97,7 @@ def test_killed_at_every_step_and_resumed_is_bit_identical(tmp_path, whole):
         for name, f in written.items():        # as if the write were still in progress
             if name == "checkpoint.safetensors" or deaths % 2 == 0: continue
             f.write_bytes(f.read_bytes()[:f.stat().st_size // 2])
-        if deaths in (8, 12) and work.is_dir(): (work / ".tmpXyz123").write_bytes(bytes(100))   # safetensors' own
+        if deaths in (8, 12) and work.is_dir(): (work / ".tmpXyz123").write_bytes(bytes(100))
     assert said == f"made {folder.name}" and deaths >= 15 and resumed >= 8
     assert content(folder) == content(whole.folder)
     assert set(os.listdir(folder.parent)) <= {folder.name, f".{folder.name}.lock"}   # which nobody holds
@@ -140,7 +140,7 @@ def test_finished_by_another_between_looking_and_locking(tmp_path, whole, monkey
 def test_stopped_with_all_options_and_resumed_is_bit_identical(death, tmp_path, optional):
     with pytest.raises(Stopped): make_run(small(**OPTIONS), root=tmp_path, progress=stop_at(*death))
     run, reports = seen(tmp_path, small(**OPTIONS))
-    assert reports[0] == ("train", death[1], 3)   # of three epochs: where sampling is stopped, all are trained
+    assert reports[0] == ("train", death[1], 3)   # sampling begins after three
     assert content(run.folder) == content(optional.folder)
 
 
@@ -424,7 +424,8 @@ def test_a_machine_without_git_and_another_random_state(tmp_path, whole, monkeyp
 def test_the_commit_is_not_that_of_a_strangers_repository(tmp_path, monkeypatch):
     def git(*words):
         command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words]
-        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout.strip()
+        done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
     git("init"); git("commit", "--allow-empty", "-m", "thesis")
     monkeypatch.chdir(tmp_path)
     assert runs._versions()["commit"] != git("rev-parse", "HEAD")

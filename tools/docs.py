@@ -41,8 +41,8 @@ def demonstrates(source):
 def prepare(path):
     """Make a copy of a notebook ready for nbdev.
 
-    A long caption goes on in lines that begin with `#|` and two spaces: nbdev wants it in one. To document what
-    a notebook exports, nbdev runs each cell with an import: have it leave out the lessons.
+    A long caption goes on in lines that begin with `#|` and two spaces: nbdev wants it in one. To document
+    what a notebook exports, nbdev runs each cell with an import: have it leave out the lessons.
     """
     page = json.loads(path.read_text(encoding="utf-8"))
     for cell in page["cells"]:

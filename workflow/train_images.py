@@ -24,7 +24,8 @@ def main():
     parser.add_argument("--study", default="train_images", help="the folder of runs/ for the record")
     given = parser.parse_args()
     parameters = parameters_from({name: value(text) for name, text in given.p}, ImageParameters)
-    try: from accelerate import Accelerator
+    try:
+        from accelerate import Accelerator
     except ImportError:
         raise SystemExit("several processes need accelerate: pip install 'lfdm[accelerate]'") from None
     # the precision is a parameter of the run, whatever `accelerate config` was once told
