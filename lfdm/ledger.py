@@ -67,7 +67,7 @@ def named(text: str,  # such as 'Kingma & Gao 34, 35; 36 with 1/π'
     return list(dict.fromkeys(found))
 
 # %% ../nbs/library/04_ledger.ipynb #3bd54fec
-def heading_id(text: str,  # of a heading, with {#name} if it has one
+def heading_id(text: str,  # of a heading, with its name in braces if it has one
               ) -> str:    # its address within its page
     "The address of a heading."
     explicit = re.search(r'\{#([\w-]+).*?\}\s*$', text)

@@ -19,7 +19,10 @@ MEASURED = dict(rtol=0, atol=0) if HERE else dict(rtol=1e-3, atol=1e-4)
 def made(tmp_path_factory):
     "The runs, made anew."
     threads = torch.get_num_threads()
-    folders = pinned.make(tmp_path_factory.mktemp("pinned"))
+    root = tmp_path_factory.mktemp("pinned")
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("LFDM_RUNS", str(root))   # the classifier that judges digits is kept there too
+        folders = pinned.make(root)
     torch.set_num_threads(threads)
     return {folder.name: folder for folder in folders}
 
