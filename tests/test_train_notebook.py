@@ -139,14 +139,14 @@ def test_again_from_the_repository_loads_and_a_misspelt_one_fails(done, tmp_path
 # ---- what papermill makes of the command line, run up to the check of the parameters
 
 def begin(options, **direct):
-    "The notebook's first code cells with papermill's own conversions, without a kernel."
+    "The notebook's first cells (names, check) with papermill's own conversions, without a kernel."
     nb = papermill.iorw.load_notebook_node(str(NOTEBOOK))
     words = shlex.split(options)
     given = {k: _resolve_type(v) for _, k, v in zip(*[iter(words)] * 3)} | direct
     nb = parameterize_notebook(nb, given)
     code = [c.source for c in nb.cells if c.cell_type == 'code']
     position = next(i for i, c in enumerate(code) if 'parameters_from(' in c)
-    assert not any('make_run' in c for c in code[:position + 1]) and position <= 2 + bool(given)
+    assert not any('make_run' in c for c in code[:position + 1]) and position <= 3 + bool(given)
     space = {
         '__name__': '__main__',
         'In': [''],
