@@ -8,7 +8,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 from gaussians import f64, randn, refuse
 from lfdm.core import expand
-from lfdm.likelihood import Bound, flow_log_prob, nelbo
+from lfdm.likelihood import Bound, discrete_reconstruction, flow_log_prob, nelbo
 from lfdm.networks import MLP
 from lfdm.schedules import SCHEDULES, CosineSchedule, VESchedule
 from lfdm.score_matching import DIRECTIONS
@@ -216,6 +216,13 @@ def test_levels_are_drawn_one_from_each_part(steps, draws):
         gap, which = (seen.flatten()[:, None] - grid).abs().min(1)
         often = which.bincount(minlength=int(steps)) / which.numel()
         assert gap.max() < 1e-12 and (often - 1 / steps).abs().max() < 5 / (which.numel() * steps)**.5
+
+
+def test_more_draws_of_the_discrete_decoder_estimate_the_same():
+    images, clean = torch.full((2, 1, 60, 60), 7, dtype=torch.uint8), CosineSchedule(-5, 3).level(0.)
+    few, many = (discrete_reconstruction(images, 16, clean, draws=draws) for draws in (1, 6))
+    near(few, many, rtol=.05, atol=0)
+    assert few.min() > 0
 
 
 # ---- both
