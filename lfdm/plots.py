@@ -72,7 +72,7 @@ def shrunk(file,              # a PNG file
     "A PNG with a palette."
     text = PngInfo()
     text.add_text('Description', description)
-    with Image.open(file) as image, io.BytesIO() as small:
+    with Image.open(file, formats=['PNG']) as image, io.BytesIO() as small:
         few = image.convert('RGB').quantize(256, dither=Image.Dither.NONE)
         few.save(small, 'png', optimize=True, pnginfo=text, dpi=image.info['dpi'])
         return small.getvalue()
@@ -138,7 +138,7 @@ def figure_record(path,      # a PNG or SVG that `save_figure` wrote
                  ) -> dict:  # 'figure', 'scale' and 'parameters'; raises ValueError if the file holds none
     "What a figure's file says about how it was made."
     if Path(path).suffix == '.png':
-        with Image.open(path) as image: description = image.info.get('Description')
+        with Image.open(path, formats=['PNG']) as image: description = image.info.get('Description')
     else: description = ElementTree.parse(path).findtext('.//{http://purl.org/dc/elements/1.1/}description')
     if not description:
         raise ValueError(f"{path} does not say how it was made: `save_figure` did not write it.")
