@@ -15,7 +15,7 @@ from ..core import Numeric, expand, number, shown, typed
 from ..data import SPLITS, stream
 from .data import IMAGES, ImageSet, quantize, require_bytes
 
-# %% ../../nbs/library/53_image_templates.ipynb #8f23ac5c
+# %% ../../nbs/library/53_image_templates.ipynb #c14b1921
 def _require_broadcast(**tensors):
     "Check that tensors broadcast."
     try: torch.broadcast_shapes(*(t.shape for t in tensors.values()))
