@@ -27,11 +27,6 @@ def falling(c):
     return lambda k: 0.01 + sum(abs(a) * torch.sigmoid(3 * i - 6 - k) for i, a in enumerate(c))
 
 
-def waves(c):
-    "A smooth function of λ from six numbers, not monotonic."
-    return lambda k: sum(a * torch.cos(i * k / 3 + i) for i, a in enumerate(c))
-
-
 def made(slope, prior=0.3, points=2001):
     k = level_grid(LOW, HIGH, points)
     return elbos(k, slope(k), prior)
@@ -48,7 +43,7 @@ def pieces(c):
 @given(numbers(-3, 3), numbers(-3, 3))
 def test_polynomials_are_exact(c, d):
     "Against the integral of the polynomial itself, not the other area."
-    def poly(c): return lambda k: sum(a * (k / 7)**i for i, a in enumerate(c[:3]))
+    poly = lambda c: lambda k: sum(a * (k / 7)**i for i, a in enumerate(c[:3]))
     product = [sum(c[i] * d[n - i] for i in range(3) if 0 <= n - i < 3) for n in range(5)]
     inside = sum(a / 7**n * (HIGH**(n + 1) - LOW**(n + 1)) / (n + 1) for n, a in enumerate(product))
     want = inside + 0.3 * poly(c)(torch.tensor(LOW)).item()
@@ -81,7 +76,7 @@ def test_a_falling_weight_is_a_mean_of_elbos(c, d):
 @some
 @given(numbers(-3, 3), numbers(0, 5))
 def test_what_counts_against_is_nothing_only_if_w_falls(c, d):
-    e, w = pieces(d), waves(c)
+    e, w = pieces(d), lambda k: sum(a * torch.cos(i * k / 3 + i) for i, a in enumerate(c))   # not monotonic
     plus, minus = weighted_elbo.elbo_shares(w, e)
     within = 1e-4 * (1 + sum(map(abs, c)) * sum(d))
     assert minus >= 0 and plus - minus == pytest.approx(over_elbos(w, e), rel=1e-4, abs=within)
