@@ -87,7 +87,7 @@ def test_at_zero_or_infinite_snr_a_loss_is_right_or_refused(weighting):
 
 @pytest.mark.parametrize('T', [1, 100])
 def test_the_bound_of_T_steps_is_a_sum_over_T_levels(T):
-    "½ Σ (SNR(s)/SNR(t) - 1) ‖ε - ε̂‖², thesis 3.18, twice and by its mean, from λ alone"
+    "½ Σ (SNR(s)/SNR(t) - 1) ‖ε - ε̂‖², thesis 3.18, twice and by its mean; and the gradient"
     loss = DiffusionLoss(SCHEDULES['discrete'](-6, 6, T=T), 'eps', 'nelbo')
     x, eps, y_hat, _ = draw((T, 2), 5)
     got = loss(lambda z, u: y_hat.requires_grad_(), x, t=torch.arange(1, T + 1, dtype=f64) / T, eps=eps)
@@ -156,9 +156,9 @@ def test_what_cannot_be_is_refused(name):
 
 
 def test_one_time_may_stand_for_all():
-    want = DiffusionLoss()(NET, X, t=torch.full((4,), 0.3), eps=EPS)
+    of = lambda t: DiffusionLoss()(NET, X, t, EPS)
     for t in (0.3, torch.tensor(0.3), torch.tensor([0.3]), [0.3] * 4, torch.full((4,), 0.3, dtype=f64)):
-        close(DiffusionLoss()(NET, X, t=t, eps=EPS), want, rtol=0, atol=0)
+        assert torch.equal(of(t), of(torch.full((4,), 0.3)))
 
 
 def test_the_generator_decides_everything_and_inputs_stay():
@@ -178,10 +178,9 @@ def test_bad_choices_are_named(bad, kind):
 
 
 @pytest.mark.parametrize('triple, says', [
-    ('cosine(-75,75) x nelbo', 'inf in'), ('cosine(-100,20) eps rescaled', 'inf in'),
-    ('cosine(-20,100) eps snr', 'inf in'), ('edm_train(-9.6,60) v nelbo', 'inf in'),
-    ('ve(-100,0) eps rescaled', 'inf in'), ('cosine(60,70) eps edm', '0 in'),
-    ('cosine eps edm(mean=80,std=0.01)', '0 in')])
+    ('cosine(-75,75) x nelbo', 'inf in'), ('cosine(-20,100) eps snr', 'inf in'),
+    ('edm_train(-9.6,60) v nelbo', 'inf in'), ('ve(-100,0) eps rescaled', 'inf in'),
+    ('cosine(60,70) eps edm', '0 in')])
 def test_a_weight_that_is_infinite_or_nothing_is_refused(triple, says):
     with pytest.raises(ValueError, match=f'the factor of DiffusionLoss.* is {says} float32'):
         DiffusionLoss(*triple.split())
@@ -193,7 +192,6 @@ def test_the_first_step_of_ddpm_from_the_data_themselves():
     first, loss = torch.full((4,), 1e-3), lambda w: DiffusionLoss('ddpm(logsnr_max=inf)', 'eps', w)
     assert loss('ddpm_vlb')(NET, X, first, EPS).isfinite().all()
     with pytest.raises(ValueError, match='no finite factor'): loss('nelbo')(NET, X, first, EPS)
-    assert loss('nelbo')(NET, X, first + 1e-3, EPS).isfinite().all()
 
 
 # ---- a schedule that learns
@@ -227,11 +225,11 @@ def test_it_learns_where_gradients_are_recorded_and_nowhere_else():
     close(loss.schedule.state()['history'], before, rtol=0, atol=0, equal_nan=True)
 
 
-def test_it_learns_w_times_the_loss_per_level_whatever_its_density_was():
+def test_it_learns_w_times_the_loss_per_level():
     "L = E[w L′/p] is the integral over λ for any history, which is w L′ itself"
     x = torch.randn(50_000, 2, generator=seeded(0))
     loss = DiffusionLoss('adaptive(decay=0)', 'eps', 'sigmoid')
-    zero = lambda z, u: torch.zeros_like(z)           # ε-error 1 at every level: w L′ is w
+    zero = lambda z, u: 0 * z   # ε-error 1 at every level: w L′ is w
     edges, values = loss.schedule._history.edges, []
     for seed in range(3):
         values.append(loss(zero, x, generator=seeded(seed)).double())

@@ -19,7 +19,6 @@ torch.set_num_threads(1)
 f32, f64, close = torch.float32, torch.float64, torch.testing.assert_close
 PRECISIONS = (f64, 1e-6), (f32, 2e-2)
 few = settings(max_examples=15, deadline=None, derandomize=True, database=None)
-FIXED = [name for name, cls in SCHEDULES.items() if not cls.learned]   # a schedule that learns is refused
 kinds = pytest.mark.parametrize('kind', [None, *DIRECTIONS])
 probe = score_matching.probe_vectors
 
@@ -106,45 +105,26 @@ def gaussian_score(z, alpha, sigma):
 ALL = [Explicit(gaussian_score), 'implicit', Hutchinson(), Sliced('sign'), 'denoising']
 
 
-@pytest.mark.parametrize('schedule', FIXED)
-@pytest.mark.parametrize('shape', [(3, 3), (4, 1), (2, 3, 2, 2)], ids=str)
-def test_values_for_an_affine_network_by_hand(schedule, shape):
+@pytest.mark.parametrize('schedule', [name for name in SCHEDULES if name != 'adaptive'])
+@pytest.mark.parametrize('shape', [(3, 3), (2, 3, 2, 2)], ids=str)
+def test_values_and_gradients_for_an_affine_network_by_hand(schedule, shape):
     "where n is a size of the data too; the Jacobian is k/√(α²+σ²) times one: signs and spheres make no error"
     x, eps, t, s = randn(*shape, seed=1), randn(*shape, seed=2), times(shape[0]), SCHEDULES[schedule]()
     alpha, sigma = column(s.alpha(t), x), column(s.sigma(t), x)
     z, scale = alpha * x + sigma * eps, (alpha**2 + sigma**2).sqrt()
-    net, score = lambda z, u: -.7 * z + .2, -.7 * z / scale + .2
-    mean = lambda q: q.flatten(1).mean(1)
-    implicit, squares = mean(score**2 + 2 * -.7 / scale), lambda true: mean((true - score)**2)
-    wanted = [(Explicit(gaussian_score), squares(gaussian_score(z, alpha, sigma))),
-              ('denoising', squares(-eps / sigma)), ('implicit', implicit),
-              ('hutchinson', implicit), (Hutchinson('sphere'), implicit)]
+    k, b = (torch.tensor(q, dtype=f64, requires_grad=True) for q in (-.7, .2))
+    net, score, mean = lambda z, u: k * z + b, k * z / scale + b, lambda q: q.flatten(1).mean(1)
+    u, implicit = probe(z, 'normal', generator(7)), mean(score**2 + 2 * k / scale)
+    wanted = [(Explicit(gaussian_score), mean((gaussian_score(z, alpha, sigma) - score)**2)),
+              ('denoising', mean((-eps / sigma - score)**2)), ('implicit', implicit),
+              ('hutchinson', implicit), (Hutchinson('sphere'), implicit),
+              ('sliced', mean(u * score)**2 * u[0].numel() + mean(2 * k / scale * u**2))]
     for (objective, want), weighting in itertools.product(wanted, WEIGHTINGS):
         factor = DiffusionLoss(schedule, 'score', weighting).factor(t)
-        got = ScoreMatchingLoss(objective, schedule, weighting)(net, x, t, eps)
-        close(got, factor * want, rtol=1e-9, atol=0)
-    u = probe(z, 'normal', generator(7)).flatten(1)
-    want = (u * score.flatten(1)).sum(1)**2 + 2 * -.7 / scale.flatten() * u.square().sum(1)
-    got = ScoreMatchingLoss('sliced', schedule)(net, x, t, eps, generator(7))
-    close(got, want / u.shape[1], rtol=1e-9, atol=1e-12)
-
-
-def test_every_objective_has_the_explicit_ones_gradient():
-    "a mixture's data, a small network: mean gradients over many batches differ within their standard errors"
-    data, batches, n, s = DATASETS['cluster'](), 30, 2000, SCHEDULES['cosine'](-2, 3)
-    net, x = Smooth((n, 2), 5), data.sample(batches * n, seed=1).double().view(batches, n, 2)
-    def gradients(objective):
-        loss = ScoreMatchingLoss(objective, s, 'sigmoid')
-        values = (loss(net, x[i], generator=generator(100 + i)).mean() for i in range(batches))
-        each = (torch.autograd.grad(v, net.parameters()) for v in values)
-        return torch.stack([torch.cat([q.flatten() for q in grads]) for grads in each])
-    exact = gradients(Explicit(data.score))
-    for objective in ('implicit', *map(Hutchinson, DIRECTIONS), *map(Sliced, DIRECTIONS), 'denoising'):
-        gap = gradients(objective) - exact   # the same times and noise: what differs is the objective
-        error = gap.std(0) / batches**.5
-        z = gap.mean(0) / error
-        assert z.abs().max() < 5 and z.square().mean() < 2.5, objective
-        assert error.norm() < .2 * exact.mean(0).norm()   # the test can see
+        got = ScoreMatchingLoss(objective, schedule, weighting)(net, x, t, eps, generator(7))
+        close(got, factor * want, rtol=1e-9, atol=1e-12)
+        learned = [torch.autograd.grad(q.sum(), (k, b), retain_graph=True) for q in (got, factor * want)]
+        close(*learned, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize('objective', ALL, ids=str)
@@ -188,8 +168,7 @@ def test_given_times_win_over_levels():
     assert torch.equal(listed(net, x, t, eps), plain(net, x, t, eps))
     at_two = plain.schedule.t(torch.tensor(2., dtype=f64)).expand(4)
     close(listed(net, x, eps=eps), plain(net, x, at_two, eps), rtol=1e-12, atol=0)
-    for bad in (torch.ones(4), None, [[1., 2.]], torch.zeros(0, 2)):
-        with pytest.raises(TypeError, match='x must be'): listed(net, bad)
+    with pytest.raises(TypeError, match='x must be'): listed(net, torch.zeros(0, 2))
 
 
 # ---- what must be refused

@@ -132,26 +132,25 @@ def test_divergences_of_two_gaussians(a, b, m, alpha, sigma):
 
 GRID, SOLID = torch.linspace(LOW, HIGH, 5, dtype=f64), GaussianMixture([[0., 0., 0.]], 1.)
 GOOD, SHORT = elbos(GRID, torch.ones(5, dtype=f64), 0.), exact_elbos(CLUSTER, points=21)
-OF_WEIGHTS = [("over_slopes", GOOD), ("over_elbos", GOOD), ("elbo_shares", GOOD), ("over_augmentation", GOOD)]
+OF_WEIGHTS = ["over_slopes", "over_elbos", "elbo_shares", "over_augmentation"]
 NO_WEIGHTS = [
     (lambda k: 1 / (k - LOW), "w is inf at logsnr -5"), (lambda k: k * math.nan, "w is nan"),
     (lambda k: 1., "one weight for each"), (lambda k: k[:-1], "one weight for each"),
     ("sigmoyd", "Did you mean 'sigmoid'"), ("rescaled", "no w"), (EpsFactor(), "no w")]
-RISING = ["edm", "implied(cosine, eps, min_snr)", lambda k: -torch.sigmoid(-k), lambda k: 0 * k]
+RISING = ["edm", "implied(cosine, v, simple)", lambda k: -torch.sigmoid(-k), lambda k: 0 * k]
 
 
 @pytest.mark.parametrize("name, arguments, says", [
     *(("level_grid", bad, says) for *bad, says in (
         (-math.inf, 3, 5, "finite range"), (3, 3, 5, "finite range"), (4, 3, 5, "finite range"),
         (-3, 3, 4, "odd"), (-3, 3, 1, "at least 3"), (math.nan, 3, 5, "nan"))),
-    *((f, (w, e), says) for f, e in OF_WEIGHTS for w, says in NO_WEIGHTS),
+    *((f, (w, GOOD), says) for f in OF_WEIGHTS for w, says in NO_WEIGHTS),
     *((f, (w, *more), "rises|positive") for w in RISING
       for f, more in (("over_augmentation", [SHORT]), ("draw_levels", [5, LOW, HIGH]))),
     *(("elbos", (*bad, 0.), says) for *bad, says in (
         (GRID, torch.ones(4), "one shape"), (GRID[:2], torch.ones(2), "one shape"),
-        (GRID[None], torch.ones(1, 5), "one shape"), (GRID.flip(0), torch.ones(5), "increase"),
-        (GRID * math.inf, torch.ones(5), "finite"), (GRID**3, torch.ones(5), "evenly spaced"),
-        (GRID[:4], torch.ones(4), "odd"), (GRID, GRID.sqrt(), "slope is nan at logsnr -5"))),
+        (GRID.flip(0), torch.ones(5), "increase"), (GRID * math.inf, torch.ones(5), "finite"),
+        (GRID**3, torch.ones(5), "evenly"), (GRID[:4], torch.ones(4), "odd"), (GRID, GRID.sqrt(), "is nan"))),
     ("kl_and_fisher", (DATASETS["ring"](), gaussian(1e-3), 1., 0.), "more noise"),
     ("kl_and_fisher", (SOLID, SOLID, 1., 1.), "two dimensions")], ids=str)
 def test_what_cannot_be_is_refused(name, arguments, says):
