@@ -87,7 +87,7 @@ def test_at_zero_or_infinite_snr_a_loss_is_right_or_refused(weighting):
 
 @pytest.mark.parametrize('T', [1, 100])
 def test_the_bound_of_T_steps_is_a_sum_over_T_levels(T):
-    "½ Σ (SNR(s)/SNR(t) - 1) ‖ε - ε̂‖², thesis 3.18, twice and by its mean; and the gradient"
+    "½ Σ (SNR(s)/SNR(t) - 1) ‖ε - ε̂‖², thesis 3.18, twice and by its mean"
     loss = DiffusionLoss(SCHEDULES['discrete'](-6, 6, T=T), 'eps', 'nelbo')
     x, eps, y_hat, _ = draw((T, 2), 5)
     got = loss(lambda z, u: y_hat.requires_grad_(), x, t=torch.arange(1, T + 1, dtype=f64) / T, eps=eps)
