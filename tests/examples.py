@@ -3,13 +3,26 @@ import numpy as np
 import PIL.Image
 import torch
 
-from lfdm import checkpoints, parameters, runs, schedules, steps, studies, tasks, training, weighted_elbo
+from lfdm import (
+    adaptive,
+    checkpoints,
+    discrete,
+    parameters,
+    runs,
+    schedules,
+    steps,
+    studies,
+    tasks,
+    training,
+    weighted_elbo,
+)
 from lfdm.data import Cluster, Ring
 from lfdm.evaluation import mean_distance
 from lfdm.images.data import Digits
 from lfdm.images.parameters import ImageParameters
 from lfdm.losses import DiffusionLoss
 from lfdm.networks import MLP, StackedMLP
+from lfdm.targets import Eps
 
 # Not swept, each for a reason.
 LEFT = {
@@ -17,9 +30,38 @@ LEFT = {
     **dict.fromkeys(["write_record", "locked", "work_folder", "beside", "Run"], "a part of make_run"),
     **dict.fromkeys(["train_stacked", "sample_stacked"], "a part of make_grid"),
     **dict.fromkeys(["DownBlock", "UpBlock", "MidBlock", "ResBlock", "AttentionBlock"], "a part of UNet"),
-    **dict.fromkeys(["Schedule", "BellSchedule", "RunParameters"], "abstract: its kinds are swept"),
+    **dict.fromkeys(
+        [
+            "Schedule",
+            "BellSchedule",
+            "RunParameters",
+            "Dataset",
+            "ImageSet",
+            "Objective",
+            "Target",
+            "Weighting",
+            "LogSNRWeighting",
+            "EpsFactor",
+        ],
+        "abstract: its kinds are swept",
+    ),
+    **dict.fromkeys(
+        [
+            "LossHistory.set",
+            "LossHistory.slope",
+            "ImageTask.fit",
+            "ImageTask.judge",
+            "ImageTask.samples",
+            "PointsTask.fit",
+            "PointsTask.judge",
+            "PointsTask.samples",
+            "TrainState.descend",
+        ],
+        "called by its owner",
+    ),
     **dict.fromkeys(["inception", "inception_file", "fid", "CIFAR10"], "needs files that are not here"),
-    "mixture_sum": "the inner sum of GaussianMixture"}
+    "mixture_sum": "the inner sum of GaussianMixture",
+}
 
 # Defaults that would take long: the example instead.
 LONG = {"steps", "points", "draws", "projections", "n", "repeats", "epochs", "batch_size", "real", "T", "k",
@@ -226,6 +268,7 @@ def examples(folder):
         **dict.fromkeys(["weights", "validation", "validations", "prepare", "forward", "accelerator"]),
     )
 
+    chain, bytes_8 = discrete.DDPMSchedule(), torch.randint(0, 255, (3, 1, 8, 8), dtype=torch.uint8)
     a_step, on_stack = dict(s=s, t=t), dict(net=New(new_stack))
     on_digits = dict(dataset=digits, samples=digits.train()[:80], images=digit, denoiser=unchanged)
     measured = dict(steps=[1], epochs=[1], times=[.5], points=4, arrows=2, logsnr=[0.])
@@ -265,7 +308,7 @@ def examples(folder):
         train_stack=dict(state=New(lambda: training.TrainState(new_stack(), seed=[0, 1]))),
         read_checkpoint=dict(path=checkpoint),
         restore=dict(record=New(lambda: checkpoints.read_checkpoint(checkpoint))),
-        Parameters=dict(dataset="ring"),
+        TrainState=dict(ema=None, clip=None), Parameters=dict(dataset="ring"),
         kind_of=dict(name="points"),
         schedule_named=dict(name="cosine"),
         stacks_of=dict(parameters=[p]),
@@ -280,6 +323,20 @@ def examples(folder):
         network_quality=dict(parameters=points),
         learned_score=dict(logsnr=0.5),
         sample_quality=dict(levels=("cosine", -9.0, 9.0)),
+        **{
+            "AdaptiveSchedule.load_state": dict(state=adaptive.AdaptiveSchedule(-9., 9.).state()),
+            "PointsTask.restored": dict(array=np.zeros((3, 2))),
+            "ImageTask.restored": dict(array=np.zeros((3, 1, 16, 16), np.uint8)),
+            "Record.values": dict(name="a"),
+            "TrainState.load": dict(path=checkpoint),
+            ".factor": dict(schedule=cosine, target=Eps()),
+            ".eps_factor": dict(schedule=cosine, target=Eps()),
+            "DDPMVLB.eps_factor": dict(schedule=chain, target=Eps()),
+            ".bits_per_dim": dict(images=bytes_8),
+            "Templates.log_prob": dict(images=bytes_8),
+            "Templates.denoise": dict(z=randn(3, 1, 8, 8)),
+            "Templates.log_prob_at": dict(z=randn(3, 1, 8, 8)),
+        },
         # images
         dequantize=dict(u=torch.rand(digit.shape)),
         class_files=dict(folder=pictures / "train"),

@@ -70,6 +70,32 @@ def public(module):
         if not record and not getattr(found, "_is_protocol", False): yield name, found
 
 
+def methods(cls, table):
+    "(class.method, bound method) of an instance made of its examples; torch's modules are called by torch."
+    if issubclass(cls, torch.nn.Module): return
+    made, error = answer(cls, valid(cls, cls.__name__, table))
+    if error: raise error
+    for name in dir(cls):
+        found = inspect.getattr_static(cls, name)
+        name = f"{cls.__name__}.{name}"
+        if (
+            (name.endswith(".__call__") or "._" not in name)
+            and inspect.isfunction(found)
+            and name not in LEFT
+        ):
+            yield name, getattr(made, found.__name__)
+
+
+def swept(module, table, seen):
+    "(name, callable) of all there is in a module, each method once for all classes that have it."
+    for name, found in public(module):
+        yield name, found
+        if not inspect.isclass(found): continue
+        for method, bound in methods(found, table):
+            if bound.__func__ not in seen and parameters(bound): yield method, bound
+            seen.add(bound.__func__)
+
+
 def parameters(function):
     "Those that can be given by name."
     kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
@@ -82,7 +108,8 @@ def valid(function, name, table):
     given = {}
     for k, p in parameters(function).items():
         unset = p.default in (p.empty, None) or k in LONG
-        found = own.get(name, {}).get(k, general.get(k, p.default) if unset else p.default)
+        of_its_own = own.get(name) or own.get(name[name.rfind("."):], {})
+        found = of_its_own.get(k, general.get(k, p.default) if unset else p.default)
         if found is p.empty: raise LookupError(f"{name} needs an example of {k} in tests/examples.py")
         given[k] = found.make() if isinstance(found, New) else found
     return given
@@ -192,7 +219,7 @@ def verdict(argument, way, found, error, reference):
 def sweep(function, name, table):
     "(argument, kind, verdict, what came) of all that is thrown."
     reference, error = answer(function, valid(function, name, table))
-    if error: raise error
+    if error: raise LookupError(f"the examples of {name} in tests/examples.py: {error!r}")
     for argument, p in parameters(function).items():
         example = valid(function, name, table)[argument]
         thrown = [(way, *one) for way in (wrong, odd, same) for one in way(example, argument in FREE)]
@@ -212,16 +239,18 @@ def prepared():
 
 
 def main(only):
-    total = collections.Counter()
+    total, seen = collections.Counter(), set()
     with prepared() as table:
         for module_name, module in library():
             if only and module_name not in only: continue
             counts, start = collections.Counter(), time.time()
-            for name, function in public(module):
-                for argument, kind, found, came in sweep(function, name, table):
-                    counts[found] += 1
-                    if only and found in ("unclear", "silent"):
-                        print(f"{found:8} {name}({argument} = {kind}): {' '.join(came.split())[:150]}")
+            for name, function in swept(module, table, seen):
+                try:
+                    for argument, kind, found, came in sweep(function, name, table):
+                        counts[found] += 1
+                        if only and found in ("unclear", "silent"):
+                            print(f"{found:8} {name}({argument} = {kind}): {' '.join(came.split())[:150]}")
+                except LookupError as e: print(e)
             total += counts
             print(f"{module_name:20} {dict(counts)} {time.time() - start:.1f} s", flush=True)
     print(f"{sum(total.values())} inputs: {dict(total)}")
