@@ -55,9 +55,9 @@ def test_a_range_that_cannot_be(choice, ends):
 
 def test_limits():
     Parameters(epochs=1, batch_size=1, width=1, sample_steps=1, n_samples=2, seed=2**63 - 1, lr=1e-300)
-    for given in (dict(batch_size=50_001), dict(n_samples=1)):
-        with pytest.raises(ValueError, match=f"^{[*given][0]} (must|50001 is larger than the data: 50000)"):
-            Parameters(**given)
+    with pytest.raises(ValueError, match="^batch_size 50001 is larger than the data: 50000"):
+        Parameters(batch_size=50_001)
+    with pytest.raises(ValueError, match="^n_samples must"): Parameters(n_samples=1)
 
 
 @pytest.mark.parametrize("name", RUN_KINDS)
@@ -96,10 +96,9 @@ def test_a_notebooks_variables_become_parameters():
 
 
 def test_a_misspelt_parameter():
-    for name, hint in (("LR", "Did you mean 'lr'"), ("learning_rate", "Valid: ")):
-        for value in (5, "true", None, True, [1]):
-            with pytest.raises(ValueError, match=f"^unknown parameter '{name}'. {hint}"):
-                parameters_from({name: value, "epochs": 3})
+    for value in (5, "true", None, True, [1]):
+        with pytest.raises(ValueError, match="^unknown parameter 'LR'. Did you mean 'lr'"):
+            parameters_from({"LR": value, "epochs": 3})
 
 
 @pytest.mark.parametrize("name, value", [

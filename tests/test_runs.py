@@ -126,8 +126,6 @@ def test_finished_by_another_between_looking_and_locking(tmp_path, whole, monkey
     assert os.listdir(folder.parent) == [folder.name]
 
 
-# ---- stopped
-
 def test_a_kill_between_the_complete_record_and_its_renaming_loses_nothing(tmp_path, whole, monkeypatch):
     rename = os.replace
     def replace(a, b):

@@ -9,6 +9,7 @@ import torch
 from lfdm.images.parameters import ImageParameters
 from lfdm.parameters import Parameters
 from lfdm.tasks import RUN_KINDS, kind_of, task_of
+from tiny import register, small
 
 FEW = {Parameters: dict(width=8), ImageParameters: dict(network="small(width=4)", judged=4)}
 KINDS = pytest.mark.parametrize("kind", FEW, ids=lambda kind: kind.kind)
@@ -45,3 +46,10 @@ def test_samples_come_back_as_they_were_kept(kind):
     assert torch.equal(task.restored(task.stored(samples)), samples)
     for bad in (samples[..., :1], samples.flatten(), samples[None]):
         with pytest.raises(ValueError, match="samples of"): task.restored(task.stored(bad))
+
+
+def test_the_excess_is_told_beside_the_floor(monkeypatch):
+    register(monkeypatch)
+    task = task_of(small())
+    found = task.judge(task.new_network(), task.data.test(0), None)
+    assert found["excess_ratio"] == found["excess"] / found["floor"] > 0
