@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from lfdm import runs
 from lfdm.data import DATASETS
 from lfdm.parameters import RESULTS_VERSION, Parameters
-from lfdm.runs import CHECKPOINT, FILES, folder_of, load_run, make_run
+from lfdm.runs import CHECKPOINT, FILES, beside, folder_of, load_run, make_run, reseal
 from tiny import SERVER, Stopped, Tiny, content, made, part, register, small, stop_at, tree
 from tree import ROOT, edit
 
@@ -165,15 +166,28 @@ def test_what_is_kept_judged_and_sampled_is_the_average(whole):
     assert not torch.equal(whole.sample(50, seed=1), whole.samples)
 
 
-def test_what_a_study_commits_loads_and_what_was_made_elsewhere(copied):
-    "fewer samples, in float16; another device; before some parameters were added"
+def old(folder, change=lambda record: None):
+    "As records were before they had digests."
+    edit(folder / "params.json", lambda record: (record.pop("sha256"), change(record)))
+
+
+def test_a_record_of_another_time_or_device_loads_and_says_that_it_has_no_digests(copied):
+    old(copied, lambda r: [r["parameters"].pop(k) for k in Parameters.ADDED])
+    edit(copied / "params.json", lambda r: r["parameters"].update(device="cuda:7"))
+    with pytest.warns(UserWarning, match="carries no digests"): run = load_run(copied)
+    assert run.parameters.device == "cuda:7" and run.sample(3).isfinite().all() and not run.verified
+
+
+def test_what_a_study_commits_loads(copied):
+    "fewer samples, in float16: a change on purpose, with the digests renewed"
     x = load_run(copied).samples
     np.savez(copied / "samples.npz", samples=x[:20].numpy().astype(np.float16))
-    edit(copied / "params.json", lambda r: [r["parameters"].pop(k) for k in Parameters.ADDED])
-    edit(copied / "params.json", lambda r: r["parameters"].update(device="cuda:7"))
+    refused(copied, "samples.npz: it changed")
+    assert not load_run(copied, check=False).verified
+    reseal(copied)
     run = load_run(copied)
     torch.testing.assert_close(run.samples, x[:20], rtol=1e-3, atol=1e-3)
-    assert run.parameters.device == "cuda:7" and run.sample(3).isfinite().all()
+    assert run.verified
 
 
 # ---- damaged records
@@ -218,16 +232,63 @@ LESS = {
 
 
 @pytest.mark.parametrize("damage", LESS)
+@pytest.mark.filterwarnings("ignore:this run carries no digests")
 def test_a_record_that_does_not_fit_is_refused(damage, copied):
+    "with digests or, where they are renewed or missing, by what it holds"
     file, change = LESS[damage]
     change(copied / file)
+    refused(copied, f"{file}: it changed")
+    old(copied)
     refused(copied, "results version 1.*2" if "version" in damage else file)
 
 
 def test_the_record_of_another_run_is_not_taken_for_this_one(copied):
     edit(copied / "params.json", lambda r: r["parameters"].update(target="x"))
-    says = f"{re.escape(str(copied))} is damaged: its record is of other parameters.*Move the folder away"
+    reseal(copied)
+    says = f"^run {re.escape(str(copied))} is damaged: .* other parameters: target 'x', not 'eps'. Move"
     with pytest.raises(ValueError, match=says): make(copied.parent.parent)
+
+
+def alike(run, whole):
+    same = all(getattr(run, k) == getattr(whole, k) for k in ("parameters", "metrics", "summary"))
+    weights = (net.state_dict().values() for net in (run.net, whole.net))
+    return same and torch.equal(run.samples, whole.samples) and all(map(torch.equal, *weights))
+
+
+def test_a_flipped_bit_is_noticed_or_harmless(copied, whole):
+    rng, noticed = random.Random(0), 0
+    for file in FILES * 12:
+        before = (copied / file).read_bytes()
+        flipped, place = bytearray(before), rng.randrange(len(before))
+        flipped[place] ^= 1 << rng.randrange(8)
+        (copied / file).write_bytes(flipped)
+        try: assert alike(load_run(copied), whole), (file, place)
+        except ValueError: noticed += 1
+        (copied / file).write_bytes(before)
+    assert noticed >= 50 and alike(load_run(copied), whole)
+
+
+def test_files_of_two_runs_are_not_swapped(copied, tmp_path, whole):
+    other = make_run(small(ema=.8, clip=.3, warmup=6, seed=1), root=tmp_path / "other").folder
+    for file in FILES:
+        shutil.copy(other / file, copied / file)
+        with pytest.raises(ValueError, match="it changed since it was written"): load_run(copied)
+        shutil.copy(whole.folder / file, copied / file)
+
+
+@pytest.mark.filterwarnings("ignore:this run carries no digests")
+def test_sizes_are_compared_before_anything_is_allocated(copied):
+    "40 GB of weights and 2 GB of samples in a record of 2 kB"
+    before = (copied / "params.json").read_bytes()
+    old(copied, lambda r: r["parameters"].update(width=100_000))
+    with pytest.raises(ValueError, match="model.safetensors: it belongs to another network"): load_run(copied)
+    (copied / "params.json").write_bytes(before)
+    with zipfile.ZipFile(copied / "samples.npz", "w") as archive, archive.open("samples.npy", "w") as file:
+        header = dict(descr="<f8", fortran_order=False, shape=(150_000_000, 2))
+        np.lib.format.write_array_header_1_0(file, header)
+    old(copied)
+    says = r"samples.npz: samples of float64 and shape \(150000000, 2\)"
+    with pytest.raises(ValueError, match=says): load_run(copied)
 
 
 def test_what_is_no_folder_and_what_is_near(tmp_path, copied):
@@ -295,7 +356,51 @@ def test_what_may_not_be_written(open_folder, whole):
     with nobody(): assert make(open_folder).summary == whole.summary
 
 
+@pytest.mark.parametrize("what", ["", "params.json"])
+def test_what_may_not_be_read(what, open_folder, whole):
+    shutil.copytree(whole.folder, folder := open_folder / "train" / whole.folder.name)
+    (folder / what).chmod(0)
+    says = f"^run {folder} may not be read: Permission denied.$"
+    with nobody(), pytest.raises(PermissionError, match=says): make(open_folder)
+
+
+def test_all_is_on_the_disk_before_it_is_published(tmp_path, monkeypatch):
+    "a file before it gets its name, the folder before the checkpoint goes, all before the run gets its name"
+    done, where, folder, work = {}, "/proc/self/fd/{}".format, at(tmp_path), part(optional(), tmp_path)
+    def noted(name, path_of):
+        real = getattr(os, name)
+        def call(first, *rest):
+            done[name, str(path_of(first))] = len(done)
+            return real(first, *rest)
+        monkeypatch.setattr(os, name, call)
+    noted("fsync", lambda fd: os.readlink(where(fd))); noted("replace", lambda a: a); noted("unlink", lambda a: a)
+    make(tmp_path)
+    for name in FILES:
+        draft = str(work / f".{name}.{os.getpid()}")
+        assert done["fsync", draft] < done["replace", draft] < done["fsync", str(work)]
+    assert done["fsync", str(work)] < done["unlink", str(work / CHECKPOINT)] < done["replace", str(work)]
+    assert done["replace", str(work)] < done["fsync", str(folder.parent)]
+
+
 # ---- what else may be missing or in the way
+
+def test_nothing_is_written_through_a_link_and_nothing_removed_but_what_the_run_made(tmp_path):
+    mine, work, folder = tmp_path / "mine", part(optional(), tmp_path), at(tmp_path)
+    for path in (folder.parent, mine): path.mkdir()
+    for name in ("notes.txt", CHECKPOINT): (mine / name).write_text("mine")
+    for link in (work, folder, beside(folder, "lock")):
+        for to in (mine, mine / "notes.txt", tmp_path / "nowhere"):
+            if link == folder and to.exists(): continue   # a run may be stored elsewhere
+            link.symlink_to(to)
+            with pytest.raises(ValueError, match=f"{link} is a symbolic link: remove it"): make(tmp_path)
+            link.unlink(); beside(folder, "lock").unlink(missing_ok=True)
+    work.mkdir()
+    (work / "notes.txt").write_text("mine"); (work / ".samples.npz.123").write_text("a draft")
+    for name in FILES: (work / name).symlink_to(mine / "notes.txt")
+    run = make(tmp_path)
+    assert set(os.listdir(run.folder)) == {*FILES, "notes.txt"} and run.verified
+    assert tree(mine) == {"notes.txt": b"mine", CHECKPOINT: b"mine"}
+
 
 def test_a_machine_without_git_and_another_random_state(tmp_path, whole, monkeypatch):
     "the global random state is neither read nor changed"

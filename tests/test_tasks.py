@@ -24,7 +24,7 @@ def test_an_import_of_runs_loads_nothing_of_images():
 
 def test_each_kind_has_its_parameters():
     assert [kind_of(name) for name in RUN_KINDS] == [*FEW] and [kind.kind for kind in FEW] == [*RUN_KINDS]
-    for name, hint in (("image", "Did you mean 'images'"), ("", "Valid"), (None, "Valid"), (3, "Valid")):
+    for name, hint in ("image", "Did you mean 'images'"), ("point", "Did you mean 'points'"), ("", "Valid: "):
         with pytest.raises(ValueError, match=f"unknown kind of run {name!r}.*{hint}"): kind_of(name)
 
 
