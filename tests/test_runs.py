@@ -373,7 +373,10 @@ def test_all_is_on_the_disk_before_it_is_published(tmp_path, monkeypatch):
             done[name, str(path_of(first))] = len(done)
             return real(first, *rest)
         monkeypatch.setattr(os, name, call)
-    noted("fsync", lambda fd: os.readlink(where(fd))); noted("replace", lambda a: a); noted("unlink", lambda a: a)
+
+    noted("fsync", lambda fd: os.readlink(where(fd)))
+    noted("replace", lambda a: a)
+    noted("unlink", lambda a: a)
     make(tmp_path)
     for name in FILES:
         draft = str(work / f".{name}.{os.getpid()}")
