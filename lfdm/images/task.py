@@ -29,8 +29,8 @@ from ..validation import ValidationSet
 
 # %% ../../nbs/library/97_image_task.ipynb #c696d999
 @typed
-def require_content(images: ImageSet,
-                    content: str): # what the run's images are
+def require_content(images: ImageSet, # as they are
+                    content: str):    # what the run's images are
     "Raise ValueError if these are not the images of the run."
     if content_of(images) != content:
         raise ValueError('the images are not those of the run: '
