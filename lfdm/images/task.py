@@ -60,7 +60,7 @@ def require_image_bytes(array: np.ndarray, # samples as they were kept
     "Raise ValueError unless an array holds images of that shape as bytes."
     if array.dtype != np.uint8 or array.shape[1:] != shape:
         wanted = ', '.join(map(str, shape))
-        raise ValueError(f'array must hold samples, uint8 of shape (n, {wanted}), '
+        raise ValueError(f'array must hold samples of the run, uint8 of shape (n, {wanted}), '
                          f'not {array.dtype} of shape {array.shape}')
 
 # %% ../../nbs/library/97_image_task.ipynb #4e9c22f8
