@@ -1,0 +1,384 @@
+"""A valid example of each argument of each public function, for the sweep of sweep.py."""
+import numpy as np
+import PIL.Image
+import torch
+
+from lfdm import (
+    adaptive,
+    checkpoints,
+    discrete,
+    parameters,
+    runs,
+    schedules,
+    steps,
+    studies,
+    tasks,
+    training,
+    weighted_elbo,
+)
+from lfdm.data import Cluster, Ring
+from lfdm.evaluation import mean_distance
+from lfdm.images.data import Digits
+from lfdm.images.parameters import ImageParameters
+from lfdm.losses import DiffusionLoss
+from lfdm.networks import MLP, StackedMLP
+from lfdm.targets import Eps
+
+# Not swept, each for a reason.
+LEFT = {
+    **dict.fromkeys(["name_in", "choice_in", "whole_number", "rowwise"], "makes a door or a method"),
+    **dict.fromkeys(["write_record", "locked", "work_folder", "beside", "Run"], "a part of make_run"),
+    **dict.fromkeys(["train_stacked", "sample_stacked"], "a part of make_grid"),
+    **dict.fromkeys(["DownBlock", "UpBlock", "MidBlock", "ResBlock", "AttentionBlock"], "a part of UNet"),
+    **dict.fromkeys(
+        [
+            "Schedule",
+            "BellSchedule",
+            "RunParameters",
+            "Dataset",
+            "ImageSet",
+            "Objective",
+            "Target",
+            "Weighting",
+            "LogSNRWeighting",
+            "EpsFactor",
+        ],
+        "abstract: its kinds are swept",
+    ),
+    **dict.fromkeys(
+        [
+            "LossHistory.set",
+            "LossHistory.slope",
+            "ImageTask.fit",
+            "ImageTask.judge",
+            "ImageTask.samples",
+            "PointsTask.fit",
+            "PointsTask.judge",
+            "PointsTask.samples",
+            "TrainState.descend",
+        ],
+        "called by its owner",
+    ),
+    **dict.fromkeys(["inception", "inception_file", "fid", "CIFAR10"], "needs files that are not here"),
+    "mixture_sum": "the inner sum of GaussianMixture",
+}
+
+# Defaults that would take long: the example instead.
+LONG = {"steps", "points", "draws", "projections", "n", "repeats", "epochs", "batch_size", "real", "T", "k",
+        "max_steps", "chunk"}
+
+NUMBERS = dict(
+    n=3,
+    k=4,
+    m=5,
+    seed=0,
+    steps=2,
+    points=21,
+    bins=4,
+    repeats=2,
+    draws=2,
+    chunk=2,
+    batch_size=2,
+    dim=2,
+    dims=4,
+    width=8,
+    depth=2,
+    epochs=1,
+    warmup=2,
+    max_steps=500,
+    arrows=3,
+    real=50,
+    columns=2,
+    gap=1,
+    moment=1,
+    T=20,
+    levels=17,
+    n_train=4,
+    n_test=4,
+    workers=1,
+    stack=2,
+    inputs=8,
+    outputs=8,
+    out=8,
+    channels=1,
+    classes=10,
+    heads=1,
+    layers=1,
+    time=8,
+    threads=1,
+    projections=4,
+    mid=1,
+    halvings=1,
+    features=4,
+    alpha=0.8,
+    sigma=0.6,
+    low=-5.0,
+    high=5.0,
+    size=0.1,
+    std=0.5,
+    decay=0.9,
+    uniform=0.1,
+    fine=2.0,
+    ema=0.9,
+    clip=1.0,
+    lr=1e-3,
+    rtol=1e-3,
+    atol=1e-3,
+    nats=1.0,
+    limit=2.0,
+    quantile=0.1,
+    prior=1.0,
+    start=1.0,
+    end=0.5,
+    angle=0.5,
+    logsnr_min=-9.0,
+    logsnr_max=9.0,
+    mean=1.0,
+    dropout=0.0,
+    sure=0.5,
+    thickness=0.1,
+    turns=1.5,
+)
+
+WORDS = dict(
+    schedule="cosine",
+    target="eps",
+    weighting="weighted",
+    source="x",
+    scale="smoke",
+    study="sweep",
+    name="cluster",
+    sampler="ddim",
+    device="cpu",
+    split="test",
+    form=".3f",
+    trace="exact",
+    kind="sign",
+    objective="denoising",
+    w="sigmoid",
+    decoder="gaussian",
+    variance="beta",
+    attention="mid",
+    beta="linear",
+    what="records",
+    of="digits",
+    precision="float32",
+    network="small",
+    note="",
+    command="make",
+    symbol="α",
+    multipliers="1, 2",
+)
+
+
+def randn(*shape): return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+def silent(*report): pass
+def fall(z): return -z
+def fall_in_time(start, z): return -z
+def unchanged(z, level): return z, z
+def nothing(**settings): return dict(a=np.zeros(1))
+def new_net(): return MLP(2, 8, 2)
+def new_stack(): return StackedMLP([new_net(), new_net()])
+
+
+class New:
+    "An example that is made anew for each call: New(function)."
+    def __init__(self, make): self.make = make
+
+
+def write_pictures(folder):
+    "A folder of images with two splits."
+    for split in ("train", "test"):
+        (folder / split / "a").mkdir(parents=True)
+        for i in range(4): PIL.Image.new("L", (4, 4), i).save(folder / split / "a" / f"{i}.png")
+    return folder
+
+
+def examples(folder):
+    "(argument -> example, function -> its own examples); what they need is made in the folder."
+    cluster, cosine, digits = Cluster(), schedules.CosineSchedule(), Digits()
+    times, digit = torch.tensor([.2, .5, .8]), digits.test()[:4]
+    s, t = (cosine.level(torch.tensor(u)) for u in (.4, .5))
+    loss = DiffusionLoss("cosine", "eps", "weighted")
+
+    few = dict(epochs=1, n_samples=8, sample_steps=2)
+    points = dict(dataset="cluster", batch_size=5000, width=4, **few)
+    p = parameters.Parameters(**points)
+    images = ImageParameters("digits", network="small(width=4)", batch_size=500, judged=4, **few)
+    run, images_run = (runs.make_run(one, "sweep", folder) for one in (p, images))
+
+    pictures, checkpoint = write_pictures(folder / "pictures"), folder / "checkpoint"
+    training.TrainState(new_net()).save(checkpoint)
+    studies.Record(dict(a=1), [dict(a=1)], dict(a=np.zeros(1))).save("sweep", "smoke")
+
+    tensors = dict(
+        logsnr=torch.tensor([-1., 0., 1.]), t=times, u=times, z=randn(3, 2), x=randn(3, 2), y=randn(3, 2) + 1,
+        y_hat=randn(3, 2), eps=randn(3, 2) - 1, noise=randn(3, 2), samples=randn(30, 2), slope=torch.ones(21),
+        value=torch.tensor([1., 2., 3.]), images=digit, means=torch.tensor([[0., 0.], [1., 1.]]),
+        labels=torch.arange(40) % 4, betas=torch.tensor([.1, .2, .3]), times=torch.tensor([.2, .5]))
+    others = dict(
+        level=cosine.level(times),
+        s=s,
+        loss=loss,
+        net=New(new_net),
+        denoiser=steps.exact_denoiser(cluster),
+        dataset=cluster,
+        exact=cluster,
+        q=cluster,
+        p=Ring(k=8),
+        progress=silent,
+        generator=New(torch.Generator),
+        score=fall,
+        f=fall,
+        run=run,
+        folder=run.folder,
+        root=folder,
+        path=folder / "new",
+        parameters=p,
+        shape=(3, 2),
+        state=New(lambda: training.TrainState(new_net())),
+        losses=[loss, loss],
+        data=[randn(6, 2), randn(6, 2)],
+        generators=New(lambda: [torch.Generator(), torch.Generator()]),
+        nets=New(lambda: [new_net(), new_net()]),
+        targets=["eps", "x"],
+        seeds=[0, 1],
+        dtype=torch.float32,
+        e=weighted_elbo.exact_elbos(cluster, points=21),
+        arrays=dict(a=np.zeros(1)),
+        settings=dict(a=1),
+        rows=[dict(a=1)],
+        head=["a"],
+        values=[1.0, 2.0],
+        kind=parameters.Parameters,
+        namespace=vars(p),
+        task=tasks.task_of(p),
+        within=(-5.0, 5.0),
+        make=nothing,
+        ways=["euler, 8"],
+        denoise=cluster.denoise,
+        distance=mean_distance,
+        scheduler=New(diffusers_scheduler),
+        download=False,
+        compiled=False,
+        flip=False,
+        low_discrepancy=True,
+        schedules=(),
+        others=(),
+        **dict.fromkeys(["weights", "validation", "validations", "prepare", "forward", "accelerator"]),
+    )
+
+    chain, bytes_8 = discrete.DDPMSchedule(), torch.randint(0, 255, (3, 1, 8, 8), dtype=torch.uint8)
+    a_step, on_stack = dict(s=s, t=t), dict(net=New(new_stack))
+    on_digits = dict(dataset=digits, samples=digits.train()[:80], images=digit, denoiser=unchanged)
+    measured = dict(steps=[1], epochs=[1], times=[.5], points=4, arrows=2, logsnr=[0.])
+    own = dict(
+        # levels, losses, data
+        transition=a_step,
+        posterior=a_step,
+        dlog_alpha=dict(schedule=cosine),
+        sde=dict(schedule=cosine),
+        Staircase=dict(levels=torch.tensor([3.0, 0.0, -3.0])),
+        DDPMSchedule=dict(T=1000, logsnr_min=None),
+        nonzero=dict(scale=0.5),
+        eps_slope=dict(logsnr=0.5),
+        exact_slope=dict(logsnr=0.5),
+        midpoints=dict(k=8),
+        elbos=dict(logsnr=torch.linspace(-5, 5, 21)),
+        component_masses=dict(centre=randn(4, 2), tau=torch.ones(4, 2)),
+        quadrature_axes=dict(centre=randn(4, 2), tau=torch.ones(4, 2)),
+        projected_divergence=dict(u=randn(3, 2)),
+        Explicit=dict(exact=cluster.score),
+        ScoreMatchingLoss=dict(levels=[-3.0, 3.0]),
+        # steps, sampling, likelihood
+        **{f"{name}_step": a_step for name in steps.SAMPLERS},
+        velocity=dict(level=t),
+        at_angle=dict(angle=torch.tensor(0.5)),
+        solve=dict(f=fall_in_time, state=randn(3, 2)),
+        prior_kl=dict(level=s),
+        stack_denoiser=on_stack,
+        sample_stack=on_stack,
+        discrete_reconstruction=dict(images=digit, level=s),
+        image_bound=on_digits,
+        flow_bits_per_dim=on_digits,
+        # training, runs, grids, studies
+        train=dict(x=randn(6, 2)),
+        stack_loss=on_stack | dict(x=randn(2, 3, 2)),
+        ValidationSet=dict(x=randn(40, 2)),
+        train_stack=dict(state=New(lambda: training.TrainState(new_stack(), seed=[0, 1]))),
+        read_checkpoint=dict(path=checkpoint),
+        restore=dict(record=New(lambda: checkpoints.read_checkpoint(checkpoint))),
+        TrainState=dict(ema=None, clip=None), Parameters=dict(dataset="ring"),
+        kind_of=dict(name="points"),
+        schedule_named=dict(name="cosine"),
+        stacks_of=dict(parameters=[p]),
+        make_grid=dict(parameters=[p]),
+        make_images=dict(parameters=[images]),
+        measure=measured,
+        measured=dict(settings=measured),
+        all_cached=dict(settings=[dict(a=1)]),
+        condense=dict(parameters=[p], settings=measured),
+        make_record=dict(parameters=[p], settings=measured),
+        load_record=dict(name="sweep", scale="smoke"),
+        network_quality=dict(parameters=points),
+        learned_score=dict(logsnr=0.5),
+        sample_quality=dict(levels=("cosine", -9.0, 9.0)),
+        **{
+            "AdaptiveSchedule.load_state": dict(state=adaptive.AdaptiveSchedule(-9., 9.).state()),
+            "PointsTask.restored": dict(array=np.zeros((3, 2))),
+            "ImageTask.restored": dict(array=np.zeros((3, 1, 16, 16), np.uint8)),
+            "Record.values": dict(name="a"),
+            "TrainState.load": dict(path=checkpoint),
+            ".factor": dict(schedule=cosine, target=Eps()),
+            ".eps_factor": dict(schedule=cosine, target=Eps()),
+            "DDPMVLB.eps_factor": dict(schedule=chain, target=Eps()),
+            ".bits_per_dim": dict(images=bytes_8),
+            "Templates.log_prob": dict(images=bytes_8),
+            "Templates.denoise": dict(z=randn(3, 1, 8, 8)),
+            "Templates.log_prob_at": dict(z=randn(3, 1, 8, 8)),
+        },
+        # images
+        dequantize=dict(u=torch.rand(digit.shape)),
+        class_files=dict(folder=pictures / "train"),
+        decode=dict(files=sorted((pictures / "test" / "a").iterdir()), size=None),
+        ImageFolder=dict(path=pictures, size=None),
+        classifier_features=dict(net=New(new_classifier)),
+        feature_net=dict(dataset=digits, steps=1),
+        feature_distance=on_digits | dict(net=None, n=20),
+        classifier_view=on_digits | dict(net=None),
+        moments=dict(features=randn(9, 3)),
+        frechet_distance=dict(mean_x=randn(2), mean_y=randn(2), cov_x=torch.eye(2), cov_y=torch.eye(2)),
+        stated=dict(
+            report=dict(
+                measure="FID", value=1.0, n=3, reference="x", reference_n=3, weights="w", levels=17, dims=64
+            )
+        ),
+        image_set=dict(name="digits", path=None),
+        content_of=dict(images=digits),
+        judge_images=on_digits | dict(images=digits),
+        ImageParameters=dict(dataset="digits"),
+        image_table=dict(run=images_run),
+        ImageTask=dict(parameters=images),
+        mirrored=dict(x=randn(3, 1, 4, 4)),
+        log_cell=dict(low=randn(3), high=randn(3) + 9),
+        cell_integrals=dict(levels=16),
+        unet=dict(name="small", size=16),
+        time_embedding=dict(dim=4),
+        TimeEmbedding=dict(dim=4),
+        # other code bases
+        as_network=dict(unet=unchanged, schedule="ddpm"),
+        as_unet=dict(schedule="ddpm"),
+        from_diffusers=dict(logsnr_max=12.9),
+        to_diffusers=dict(schedule="ddpm", kind="DDPMScheduler", T=None),
+    )
+    return NUMBERS | tensors | WORDS | others, own
+
+
+def new_classifier():
+    from lfdm.images.features import FeatureNet
+    return FeatureNet(1, 10, 4, 8)
+
+
+def diffusers_scheduler():
+    from diffusers import DDPMScheduler
+    return DDPMScheduler()
