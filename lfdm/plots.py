@@ -57,12 +57,13 @@ ANONYMOUS = {'png': {'Software': None}, 'svg': {'Date': None, 'Creator': None}}
 DPI = {'png': 180, 'svg': 110}   # an SVG's is that of scattered points, which are one image in it
 
 # %% ../nbs/library/99_plots.ipynb #320b2cf4
-def freeze_layout(fig,  # a figure
+def freeze_layout(fig,              # a figure
+                  rounds: int = 4,  # of drawing, after which the axes stand still
                  ):
     "Compute the layout now and keep it: each drawing would move the axes a little, for a few rounds."
     with plt.rc_context(STABLE):
         if fig.get_layout_engine() is not None:
-            for _ in range(4): fig.draw_without_rendering()
+            for _ in range(rounds): fig.draw_without_rendering()
         fig.set_layout_engine('none')
 
 # %% ../nbs/library/99_plots.ipynb #5a59627c
@@ -125,7 +126,7 @@ def save_figure(fig,                  # what to save
     default = place('figures', scale)
     folder, description = Path(folder or default), describe(name, parameters, scale)
     _tell_scale(fig, scale, reduced)
-    freeze_layout(fig)
+    freeze_layout(fig, 1 if scale == 'smoke' else 4)
     content = {form: render(fig, form, description) for form in ANONYMOUS}
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f'{suffixed(name, scale)}.{form}' for form in content]
@@ -164,9 +165,10 @@ def keep(fig,             # a figure; it is closed
          folder=None,     # as in `save_figure`
          **parameters,    # what made this one
         ):
-    "Save a figure with what made it, and show it: what every study does with its figures."
+    "Save a figure with what made it, and show it unless the scale is smoke: nobody looks at that."
     save_figure(fig, name, common | parameters, folder, scale, reduced)
-    show(fig)
+    if scale == 'smoke': plt.close(fig)
+    else: show(fig)
 
 # %% ../nbs/library/99_plots.ipynb #2875bad9
 def scatter(ax,                    # where to draw

@@ -1,8 +1,10 @@
 "Attempts to break lfdm.core: wrong names, numbers, shapes and texts, and killed writers."
+import inspect
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from lfdm.core import (
+    Numeric,
     as_number,
     expand,
     from_spec,
@@ -21,7 +24,9 @@ from lfdm.core import (
     maths,
     number,
     project_root,
+    seeded,
     spec,
+    typed,
     unknown,
     write_whole,
 )
@@ -72,7 +77,7 @@ def test_instance_takes_a_name_a_class_or_an_instance():
 
 @pytest.mark.parametrize('bad', [None, 3., dict, ['child'], {}, torch.zeros(1), b'child'], ids=repr)
 def test_instance_refuses_everything_else(bad):
-    with pytest.raises(TypeError, match="thing must be a name .'child', 'base'. or a Base, not"):
+    with pytest.raises(TypeError, match="thing must be a name or a Base, not .*'child', 'base'"):
         instance(REGISTRY, bad, 'thing', Base)
 
 
@@ -313,3 +318,55 @@ def test_a_killed_writer_leaves_the_former_file(tmp_path):
     assert killed.returncode == -9 and path.read_text() == 'former' and draft.read_text() == 'half'
     with write_whole(path, draft): draft.write_text('new')   # the leftover does no harm
     assert path.read_text() == 'new' and os.listdir(tmp_path) == ['file']
+
+
+# ---- seeds and devices
+
+@pytest.mark.parametrize("bad", [-1, 2**32, 2**63, 1.5, math.inf, math.nan, True, "0", None, 10**400])
+def test_a_seed_that_is_none_or_another_ones_is_refused(bad):
+    "torch keeps 32 bits of a seed: 2**32 would be 0 again"
+    with pytest.raises((TypeError, ValueError), match="seed must be") as e: seeded(bad)
+    assert len(str(e.value)) < 300
+
+
+def test_no_two_seeds_share_a_stream():
+    seeds = [0, 1, 2, 2**16, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1]
+    drawn = {torch.rand(4, generator=seeded(seed)).numpy().tobytes() for seed in seeds}
+    assert len(drawn) == len(seeds)
+
+
+@pytest.mark.parametrize("bad", ["gpu", "cuda:99", "CPU", "", None, 3, b"cpu"])
+def test_a_device_that_is_not_there_is_named(bad):
+    with pytest.raises((TypeError, ValueError), match="device.*'cpu'"): seeded(0, bad)
+
+
+# ---- the door
+
+def test_annotations_hold():
+    @typed
+    def f(x: torch.Tensor, a: Numeric = 1.0, n: int = 2, g: torch.Generator = None, *, h: Callable = len):
+        return x, a, n
+
+    x, a, n = f([[1, 2]], np.ones(2), torch.tensor(3))
+    assert torch.equal(x, torch.tensor([[1., 2.]])) and a.dtype == torch.float64 and (n, type(n)) == (3, int)
+    assert (
+        f(np.zeros(2, np.float32))[0].dtype == torch.float32
+        and f(torch.zeros(2).byte())[0].dtype == torch.uint8
+    )
+    assert f(1., sympy.Symbol("a"))[1] == sympy.Symbol("a") and f([1.], g=None)[2] == 2
+    bad = dict(
+        x=[None, "1", ["a"], 1j, True, {}, [10**400]],
+        a=[None, "1", math.nan, True],
+        n=[None, 1.5, "2", True, math.inf],
+        g=[0, "seed"],
+        h=[None, 3],
+    )
+    for name, values in bad.items():
+        for value in values:
+            with pytest.raises((TypeError, ValueError), match=rf"^{name} must") as e:
+                f(**{"x": [1.0], name: value})
+            assert len(str(e.value)) < 200
+    with pytest.raises(ValueError, match="a must lie where x does, on cpu, not on meta"):
+        f([1.0], torch.ones(1, device="meta"))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'y'"): f([1.], y=2)
+    assert list(inspect.signature(f).parameters) == ["x", "a", "n", "g", "h"]
