@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESULTS_VERSION', 'RANGE_FIELDS', 'ALSO_JUDGED_BY', 'whole_number', 'name_in', 'choice_in', 'check_device',
-           'schedule_named', 'checked_schedule', 'require_enough', 'require_fields', 'RunParameters', 'Parameters',
-           'valid_names', 'parameters_from']
+           'schedule_named', 'checked_schedule', 'checked_kind', 'require_enough', 'require_fields', 'RunParameters',
+           'Parameters', 'valid_names', 'parameters_from']
 
 # %% ../nbs/library/92_parameters.ipynb #dad9f54f
 import dataclasses
@@ -13,12 +13,13 @@ import hashlib
 import inspect
 import json
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from .checkpoints import training_options
-from .core import instance, lookup, number, spec, unknown
+from .core import instance, lookup, number, shown, spec, typed, unknown
 from .data import DATASETS
 from .losses import DiffusionLoss
 from .schedules import SCHEDULES, Schedule
@@ -64,16 +65,26 @@ def check_device(name: str,        # 'cpu', 'cuda', 'cuda:1', 'mps', ...
     return torch.device(name)
 
 # %% ../nbs/library/92_parameters.ipynb #8598a991
+@typed
 def schedule_named(name: str,                # a name in SCHEDULES, with options if any
                    logsnr_min: float = None, # λ at t = 1; default: the schedule's own
                    logsnr_max: float = None, # λ at t = 0; default: the schedule's own
                   ) -> Schedule:             # raises ValueError or TypeError
     "The schedule of that name, cut to the ends that are given."
-    named = instance(SCHEDULES, name, 'schedule', Schedule)
-    parameters = inspect.signature(type(named)).parameters
-    options = {k: getattr(named, k, p.default) for k, p in parameters.items()}
     ends = {k: v for k, v in zip(RANGE_FIELDS, (logsnr_min, logsnr_max)) if v is not None}
-    return type(named)(**options | ends)
+    with _range_named(name, ends):
+        named = instance(SCHEDULES, name, 'schedule', Schedule)
+        parameters = inspect.signature(type(named)).parameters
+        options = {k: getattr(named, k, p.default) for k, p in parameters.items()}
+        return type(named)(**options | ends)
+
+@contextmanager
+def _range_named(name, ends):
+    "Say which schedule and range it is where a number becomes too large for a float."
+    given = ', '.join(f'{k}={v:g}' for k, v in ends.items()) or 'its own logsnr_min and logsnr_max'
+    try: yield
+    except ArithmeticError as e:
+        raise ValueError(f'schedule {name!r} cannot have {given}: {e}. Choose a narrower range.') from None
 
 def checked_schedule(name: str,                # a name in SCHEDULES, with options if any
                      logsnr_min: float = None, # λ at t = 1
@@ -86,6 +97,12 @@ def checked_schedule(name: str,                # a name in SCHEDULES, with optio
     return {'schedule': spec(schedule, skip=RANGE_FIELDS)} | ends
 
 # %% ../nbs/library/92_parameters.ipynb #73dfff75
+def checked_kind(kind,    # what the user gave
+                ) -> type: # a class of parameters; raises TypeError
+    "A kind of run, if it is one."
+    if isinstance(kind, type) and issubclass(kind, RunParameters): return kind
+    raise TypeError(f'kind must be a class of parameters, such as Parameters, not {shown(kind)}.')
+
 def require_enough(n: int,          # training examples
                    batch_size: int, # of a step
                    what: str,       # the data, in words
@@ -96,6 +113,7 @@ def require_enough(n: int,          # training examples
 def require_fields(kind: type,    # a class of parameters
                    record: dict): # name -> value
     "Raise ValueError unless a record holds each field, and nothing else."
+    if not isinstance(record, dict): raise TypeError(f'a record must be a dict, not {shown(record)}.')
     valid = [f.name for f in dataclasses.fields(kind)]
     for k in record:
         if k not in valid: raise ValueError(unknown('parameter', k, valid))
@@ -143,7 +161,8 @@ class RunParameters:
         values = vars(self)   # the one place that writes into it
         values.update({k: check(k, values[k]) for k, check in self.CHECKS.items()})
         values.update(checked_schedule(self.schedule, self.logsnr_min, self.logsnr_max))
-        self.loss()           # refuses what cannot be trained
+        ends = {k: values[k] for k in RANGE_FIELDS}
+        with _range_named(self.schedule, ends): self.loss()   # refuses what cannot be trained
         values.update(training_options(self.ema, self.clip, self.warmup))
         check_device(self.device)
 
@@ -155,7 +174,7 @@ class RunParameters:
     def slug(self) -> str:
         "A readable name that ends in a hash of the parameters and the results version."
         words = '-'.join((self.dataset, self.target, self.weighting, self.schedule, f's{self.seed}'))
-        readable = re.sub(r'[(=, ]+', '_', words).replace(')', '')[:120]
+        readable = _one_name(re.sub(r'[(=, ]+', '_', words).replace(')', '')[:120])
         record = json.dumps({'results': RESULTS_VERSION} | self._counted(), sort_keys=True)
         return f'{readable}-{hashlib.sha256(record.encode()).hexdigest()[:8]}'
 
@@ -173,11 +192,20 @@ class RunParameters:
     @classmethod
     def from_record(cls, record: dict) -> 'RunParameters':
         "The parameters that a record holds. They can be read on a machine without their device."
-        record = cls.completed(record)
+        if isinstance(record, dict): record = cls.completed(record)
         require_fields(cls, record)
         parameters = cls(**record | {'device': 'cpu'})
-        vars(parameters)['device'] = record['device']
+        vars(parameters)['device'] = _checked_word('device', record['device'])
         return parameters
+
+def _checked_word(field, value):
+    if not isinstance(value, str): raise TypeError(f'{field} must be a word, not {shown(value)}.')
+    return value
+
+def _one_name(words):
+    "Words without what leads to another folder or line, and no longer than a file's name may be."
+    plain = ''.join('_' if c in '/\\' or not c.isprintable() else c for c in words)
+    return plain.lstrip('.').encode()[:200].decode(errors='ignore')
 
 # %% ../nbs/library/92_parameters.ipynb #a874ddec
 @dataclass(frozen=True)
@@ -200,17 +228,19 @@ class Parameters(RunParameters):
 def valid_names(kind: type = Parameters, # the class of parameters
                ) -> str:                 # Markdown
     "The names that each field of a run may have, as a Markdown table."
+    kind = checked_kind(kind)
     listed = {field: ', '.join(f'`{name}`' for name in names) for field, names in kind.NAMES.items()}
     rows = [f'| `{field}` | {names} |' for field, names in listed.items()]
     return '\n'.join(['| parameter | names |', '|---|---|', *rows])
 
 # %% ../nbs/library/92_parameters.ipynb #74c09aa1
+@typed
 def parameters_from(namespace: dict,         # a notebook's globals()
-                    kind: type = Parameters, # the class of parameters
+                    kind=Parameters,         # the class of parameters
                    ) -> RunParameters:       # raises ValueError on an unknown name
     "The parameters among a notebook's variables; any other plain value is a misspelt one."
-    valid = [f.name for f in dataclasses.fields(kind)]
-    own = {k: v for k, v in namespace.items() if not k.startswith('_') and k not in ('In', 'Out')}
+    valid = [f.name for f in dataclasses.fields(checked_kind(kind))]
+    own = {k: v for k, v in namespace.items() if not str(k).startswith('_') and k not in ('In', 'Out')}
     given = {k: v for k, v in own.items() if k in valid or _is_plain(v)}
     for k in given:
         if k not in valid: raise ValueError(unknown('parameter', k, valid))

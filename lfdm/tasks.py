@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from .core import unknown
+from .core import shown, typed, unknown
 from .data import DATASETS
 from .evaluation import floor, judge
 from .networks import MLP
@@ -58,7 +58,8 @@ def _one(cls): return cls()   # one instance of each class: it keeps the table b
 def require_points(array,   # samples as they were kept
                    dim: int, # of a point
                   ):
-    "Raise ValueError unless an array has one row for each point."
+    "Raise ValueError unless an array has one row of numbers for each point."
+    if array.dtype.kind != 'f': raise ValueError(f'samples of {array.dtype}: an array of floats is needed')
     if array.ndim != 2 or array.shape[1] != dim:
         raise ValueError(f'samples of shape {array.shape}, not (n, {dim})')
 
@@ -69,6 +70,10 @@ class PointsTask:
     parameters: Parameters  # of the run
     save_every = 0
     advice = 'Lower batch_size.'
+
+    def __post_init__(self):
+        if not isinstance(self.parameters, Parameters):
+            raise TypeError(f'parameters must be Parameters of a 2D set, not {shown(self.parameters)}.')
 
     @property
     def data(self):
@@ -128,11 +133,15 @@ class PointsTask:
         others = {f'{w}_floor': floor(loss.beside(w), data) for w in ALSO_JUDGED_BY}
         return others | {'floor': lowest, 'excess_ratio': excess / lowest}
 
-    def stored(self, samples) -> np.ndarray:
+    @typed
+    def stored(self, samples: torch.Tensor) -> np.ndarray:
         "Samples as they are kept."
+        if samples.device.type != 'cpu':
+            raise ValueError(f'samples must lie on the CPU, not on {samples.device}.')
         return samples.numpy()
 
-    def restored(self, array) -> torch.Tensor:
+    @typed
+    def restored(self, array: np.ndarray) -> torch.Tensor:
         "Samples as they were kept. Raises ValueError if they are none of this run."
         require_points(array, self.data.dim)
         return torch.from_numpy(array.astype(np.float32))
@@ -140,14 +149,16 @@ class PointsTask:
 # %% ../nbs/library/94_tasks.ipynb #aba94243
 RUN_KINDS = ('points', 'images')   # what a record may be of
 
+@typed
 def kind_of(name: str,  # one of RUN_KINDS
-           ) -> type:   # a subclass of RunParameters; raises ValueError
+           ) -> type:   # a subclass of RunParameters; raises TypeError, ValueError
     "The class of a run's parameters."
     if name == 'points': return Parameters
     if name != 'images': raise ValueError(unknown('kind of run', name, RUN_KINDS))
     from lfdm.images.parameters import ImageParameters
     return ImageParameters
 
+@typed
 def task_of(parameters: RunParameters, # of any kind
            ) -> Task:
     "What is done with the parameters of a run."

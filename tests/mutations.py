@@ -114,6 +114,7 @@ def run(only=None):
 
 MORE = {   # module -> its tests, where there are more than those of its name
     "training": ["training", "stack"],
+    "likelihood": ["likelihood", "image_bounds"],
 }
 
 

@@ -9,24 +9,24 @@ from lfdm.grids import SHARED, grid, make_grid, stacks_of
 from lfdm.images.parameters import ImageParameters
 from lfdm.parameters import Parameters
 from lfdm.runs import beside, folder_of, make_run
-from tiny import Stopped, Tiny, register, stop_at
+from tiny import SMALL, Stopped, Tiny, made, register, stop_at
 
-SMALL = dict(epochs=2, width=8, batch_size=10_000, sample_steps=4, n_samples=50)
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch): register(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     "A grid that was never disturbed."
-    asked = grid(dataset="cluster", target=["x", "eps", "v"], **SMALL)
-    return make_grid(asked, root=tmp_path_factory.mktemp("grid"), stack=2)[0]
+    return made(tmp_path_factory, lambda root: make_grid(
+        grid(target=["x", "eps", "v"], **SMALL), root=root, stack=2)[0])
 
 
 def test_a_grid_is_the_product_of_its_axes():
-    made = grid(dataset=["ring", "waves"], target=("x", "v"), seed=[0, 1, 2], **SMALL)
-    assert len(made) == len(set(made)) == 12 and all(isinstance(p, Parameters) for p in made)
-    assert [(p.dataset, p.target, p.seed) for p in made[2:4]] == [("ring", "x", 2), ("ring", "v", 0)]
-    images = grid(ImageParameters, target=["x", "v"], seed=0)
-    assert [type(p) for p in images] == [ImageParameters] * 2 and [p.target for p in images] == ["x", "v"]
+    for kind in (Parameters, ImageParameters):
+        asked = grid(kind, target=("x", "v"), seed=[0, 1, 2], epochs=2)
+        assert asked == [kind(target=t, seed=s, epochs=2) for t in ("x", "v") for s in (0, 1, 2)]
 
 
 @pytest.mark.parametrize("kind, axes, says", [
@@ -52,17 +52,13 @@ def test_a_stack_shares_exact_values():
     assert set(SHARED) | free == set(Parameters.__dataclass_fields__)
 
 
-def test_equal_losses_are_neighbours():
-    "though their reprs agree with those of others"
-    close = ["sigmoid(k=3)", "sigmoid(k=3.0000001)"]
-    asked = grid(seed=[0, 1, 2], weighting=close)
-    assert len({repr(p.loss()) for p in asked}) == 1
-    stack, = stacks_of(asked, 6)
-    assert [(p.weighting, p.seed) for p in stack] == [(w, s) for w in close for s in (0, 1, 2)]
-
-
 def test_stacks_are_those_of_before():
-    "in their order: by what they share, then by their losses; runs with the same loss as they were asked for"
+    """In their order: by what they share, then by their losses; those of one loss as they were asked for.
+    Losses are neighbours though their reprs agree with those of others."""
+    close = ["sigmoid(k=3)", "sigmoid(k=3.0000001)"]
+    stack, = stacks_of(grid(seed=[0, 1, 2], weighting=close), 6)
+    assert len({repr(p.loss()) for p in stack}) == 1
+    assert [(p.weighting, p.seed) for p in stack] == [(w, s) for w in close for s in (0, 1, 2)]
     asked = grid(dataset=["waves", "ring"], target=["v", "x"], weighting=["weighted", "nelbo"], width=[16, 8])
     found = [[(p.width, p.target, p.weighting, p.dataset) for p in stack] for stack in stacks_of(asked, 3)]
     triples = [("v", "nelbo"), ("v", "weighted"), ("x", "nelbo"), ("x", "weighted")]
@@ -72,30 +68,29 @@ def test_stacks_are_those_of_before():
 
 # ---- killed, and beside others
 
-def same(runs, whole):
+def ends_the_same(root, whole):
+    "Make the grid to its end: it is that which was never disturbed, and what was finished is not made again."
+    finished = records(root)
+    runs, diverged = make_grid(list(whole), root=root, stack=2)
+    assert not diverged and list(runs) == list(whole)
     for p, run in runs.items():
         assert (run.summary, run.metrics) == (whole[p].summary, whole[p].metrics)
         assert torch.equal(run.samples, whole[p].samples)
+    assert finished.items() <= records(root).items(), "made again"
+    return finished
 
 
 def records(root):
-    "The finished runs, and what is hidden beside them."
-    entries = list((root / "train").iterdir())
-    hidden = [f.name for f in entries if f.name.startswith(".")]
-    return {f.name: (f / "params.json").read_bytes() for f in entries if f.name not in hidden}, hidden
+    "The finished runs."
+    return {f.name: (f / "params.json").read_bytes() for f in (root / "train").glob("[!.]*")}
 
 
-DEATHS = [("train", 0), ("train", 1), ("train", 2), ("sample", 2), ("sample", 4), ("stack", 1)]
-
-@pytest.mark.parametrize("death", DEATHS, ids=str)
+@pytest.mark.parametrize("death", [("train", 0), ("train", 2), ("train", 3), ("sample", 2), ("sample", 5),
+                                   ("stack", 1)], ids=str)
 def test_a_killed_grid_loses_nothing_and_ends_the_same(death, tmp_path, whole):
     with pytest.raises(Stopped): make_grid(list(whole), root=tmp_path, stack=2, progress=stop_at(*death))
-    finished, _ = records(tmp_path)
-    runs, diverged = make_grid(list(whole), root=tmp_path, stack=2)
-    assert not diverged and list(runs) == list(whole)
-    same(runs, whole)
-    after, hidden = records(tmp_path)
-    assert not hidden and finished.items() <= after.items(), "made again"
+    assert len(ends_the_same(tmp_path, whole)) == (2 if death[0] == "stack" else 0)
+    assert not list((tmp_path / "train").glob(".*"))
 
 
 def test_a_grid_killed_between_the_records_of_a_stack_ends_the_same(tmp_path, whole, monkeypatch):
@@ -106,49 +101,40 @@ def test_a_grid_killed_between_the_records_of_a_stack_ends_the_same(tmp_path, wh
     with monkeypatch.context() as m, pytest.raises(Stopped):
         m.setattr(grids, "write_record", dying)
         make_grid(list(whole), root=tmp_path, stack=2)
-    finished, _ = records(tmp_path)
-    same(make_grid(list(whole), root=tmp_path, stack=2)[0], whole)
-    assert len(finished) == 1 and finished.items() <= records(tmp_path)[0].items(), "made again"
+    assert len(ends_the_same(tmp_path, whole)) == 1
 
 
 def test_a_grid_takes_up_runs_made_alone(tmp_path, whole):
     p, *_ = whole
     alone = make_run(p, root=tmp_path)
     runs, _ = make_grid([*whole, *whole], root=tmp_path)   # asked for twice, made once
-    assert runs[p].environment == alone.environment and "stacked" not in alone.environment
-    assert list(runs) == list(whole)
-    assert all(r.environment["stacked"] == 2 for q, r in runs.items() if q != p)
+    assert list(runs) == list(whole) and runs[p].environment == alone.environment
+    assert [r.environment.get("stacked") for r in runs.values()] == [None, 2, 2]
 
 
-def test_a_grid_does_not_touch_a_run_another_process_is_making(tmp_path, whole):
-    lock = beside(folder_of(list(whole)[1], root=tmp_path), "lock")
-    lock.parent.mkdir()
-    busy = "another process is making one of these runs"
-    with FileLock(lock), pytest.raises(RuntimeError, match=busy): make_grid(list(whole), root=tmp_path)
-    assert len(make_grid(list(whole), root=tmp_path)[0]) == 3
-
-
-def test_a_full_disk_is_told(tmp_path):
-    (tmp_path / "train").write_text("mine")
+def test_what_a_grid_may_not_write(tmp_path, whole):
+    "a run that another process is making; a file in the way"
+    folder = folder_of(list(whole)[1], root=tmp_path)
+    folder.parent.mkdir()
+    with FileLock(beside(folder, "lock")), pytest.raises(RuntimeError, match="another process is making one"):
+        make_grid(list(whole), root=tmp_path)
+    (tmp_path / "file").write_text("mine")
     with pytest.raises(OSError, match=f"cannot write runs to {tmp_path}.*run again to resume"):
-        make_grid(grid(**SMALL), root=tmp_path)
+        make_grid(list(whole), "file", tmp_path)
 
 
 def test_a_diverging_run_of_a_grid_is_named_and_the_others_are_whole(tmp_path, monkeypatch):
     class Huge(Tiny):
         def draw(self, n, generator): return super().draw(n, generator) * 1e30
-    register(monkeypatch)
     monkeypatch.setitem(DATASETS, "huge", Huge)
-    asked = grid(**SMALL | dict(dataset=["tiny", "huge"], batch_size=100, seed=[0, 1]))
-    runs, diverged = make_grid(asked, root=tmp_path)
-    assert [(p.dataset, p.seed) for p in runs] == [("tiny", 0), ("tiny", 1)]
-    assert {(p.dataset, p.seed): epoch for p, epoch in diverged.items()} == {("huge", 0): 1, ("huge", 1): 1}
+    fine, ill = grid(seed=[0, 1], **SMALL), grid(seed=[0, 1], **SMALL | dict(dataset="huge"))
+    runs, diverged = make_grid(fine + ill, root=tmp_path)
+    assert list(runs) == fine and diverged == {p: 1 for p in ill}
 
 
-def test_a_grid_over_the_options_stacks_what_is_alike(tmp_path, monkeypatch):
+def test_a_grid_over_the_options_stacks_what_is_alike(tmp_path):
     "and each network's result is that of the run alone: the average of its weights"
-    register(monkeypatch)
-    few = SMALL | dict(dataset="tiny", target=["x", "v"], batch_size=100)
+    few = SMALL | dict(target=["x", "v"], epochs=2)
     asked = grid(ema=[None, .8], **few) + grid(**few, clip=.3, warmup=4)
     runs, diverged = make_grid(asked, root=tmp_path / "grid")
     assert not diverged and [r.environment["stacked"] for r in runs.values()] == [2] * 6
