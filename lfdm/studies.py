@@ -27,7 +27,7 @@ from joblib import Parallel, delayed
 from .core import instance, lookup, number, shown, typed, unknown, write_whole
 from .data import Dataset
 from .evaluation import judge, sliced_wasserstein
-from .folders import checked_scale, place, runs_root, suffixed
+from .folders import checked_name, place, runs_root, suffixed
 from .grids import grid, make_grid
 from .losses import DiffusionLoss
 from .parameters import RESULTS_VERSION, Parameters
@@ -88,7 +88,7 @@ def learned_score(run: Run,         # a finished run
 # %% ../nbs/library/98_studies.ipynb #2c66d94b
 def _checked_times(times):
     "Times in [0, 1], one after the other; raises ValueError."
-    if times.ndim != 1 or not len(times) or not ((times >= 0) & (times <= 1)).all():
+    if times.ndim != 1 or not len(times) or times.is_meta or not ((times >= 0) & (times <= 1)).all():
         raise ValueError(f'times must be one or more numbers from 0 to 1, not {shown(times)}.')
     return times
 
@@ -96,6 +96,7 @@ def _require_finite_points(name, x, dim):
     "Raise ValueError unless these are points of so many dimensions, and all finite."
     if x.ndim != 2 or x.shape[1] != dim or not len(x):
         raise ValueError(f'{name} must be points, shape (n, {dim}), not {tuple(x.shape)}.')
+    if x.is_meta: raise ValueError(f'{name} must hold numbers, not {shown(x)}.')
     bad = (~x.isfinite()).any(1).sum().item()
     if bad: raise ValueError(f'{name} must be finite: {bad:,} of {len(x):,} points are not.')
 
@@ -315,7 +316,7 @@ def all_cached(study: str,        # whose they are
                progress: Callable = None,  # called as progress(phase, done, total)
               ) -> list:          # of dicts: name -> array
     "Measurements by their settings, each made once. Settings name what `make` does: new code, new name."
-    folder = runs_root() / suffixed(study, checked_scale(scale)) / 'measured'
+    folder = runs_root() / suffixed(checked_name('study', study), scale) / 'measured'
     files = [folder / f'{_digest(s, 16)}.npz' for s in settings]
     tasks = [delayed(cached_arrays)(file, partial(make, **s)) for file, s in zip(files, settings)]
     return _in_turn(tasks, number('workers', workers, low=1, integer=True), progress or _quiet)
@@ -339,7 +340,7 @@ class Record:
         "The rows of the runs with the given parameters."
         for name, value in conditions.items(): _require_value(self.rows, name, value)
         rows = [i for i, r in enumerate(self.rows) if all(r[k] == v for k, v in conditions.items())]
-        if not rows: raise ValueError(f"no run of this study has {shown(conditions)}.")
+        if not rows: raise ValueError(f"no run of this study has {conditions!r:.100}.")
         return rows
 
     @typed
@@ -403,7 +404,7 @@ def _require_kept(record, name, rows, conditions):
     kept, runs = len(record.arrays[name]), len(record.rows)
     if rows[-1] >= kept:
         raise ValueError(f"{name!r} is kept for the first {kept} of {runs} runs only, "
-                         f"not for all with {shown(conditions)}.")
+                         f"not for all with {conditions!r:.100}.")
 
 def _require_measured(record, name, rows):
     for found in (record.rows[i] for i in rows):
@@ -475,6 +476,7 @@ def load_record(name: str,            # of the study
 def _no_record(name, scale, path):
     there = [p.stem.removesuffix(f'-{scale}') for p in path.parent.glob('*.json')]
     near = unknown('study', name, there).partition(' Valid:')[0].removeprefix(f'unknown study {name!r}.')
+    if name in there: near = ''   # its arrays are missing
     return f'no record of study {name!r} at scale {scale!r}: {path} is missing.{near}'
 
 # %% ../nbs/library/98_studies.ipynb #8e03fbaf
@@ -571,6 +573,7 @@ def table(head: list,      # the names of the columns
          ):                # IPython's Markdown
     "A table that a notebook shows."
     from IPython.display import Markdown
+    if isinstance(rows, str): raise TypeError(f'rows must be lists of cells, not {shown(rows)}.')
     rows = list(rows)
     for row in rows:
         if isinstance(row, str) or not isinstance(row, Iterable):
