@@ -121,7 +121,7 @@ def describe(name: str,         # the figure's
         kind = TypeError if isinstance(e, TypeError) else ValueError
         raise kind(f"the parameters of figure {name!r} must be what JSON can hold: {e!s:.80}.") from None
 
-# %% ../nbs/library/99_plots.ipynb #713cb066
+# %% ../nbs/library/99_plots.ipynb #5a5c0bf0
 def _tell_scale(fig, scale, reduced):
     "Write the scale in the corner of a figure, once, unless it is full."
     if scale == 'full' or any(t.get_gid() == 'scale' for t in fig.texts): return
@@ -129,6 +129,7 @@ def _tell_scale(fig, scale, reduced):
     title = fig.suptitle(text, ha='left', size='small', color='gray', gid='scale')
     title.set_x(0)   # now: at x=0 from the start it gets no space of its own
 
+# %% ../nbs/library/99_plots.ipynb #713cb066
 @typed
 def save_figure(fig: Figure,          # what to save
                 name: str,            # e.g. 'fig-3-2': small letters and digits, joined by - or _
@@ -158,7 +159,9 @@ def figure_record(path: str | Path,  # a PNG or SVG that `save_figure` wrote
     try:
         if path.suffix == '.png':
             with _opened(path) as image: description = image.info['Description']
-        else: description = ElementTree.parse(path).findtext('.//{http://purl.org/dc/elements/1.1/}description')
+        else:
+            dublin_core = '{http://purl.org/dc/elements/1.1/}'
+            description = ElementTree.parse(path).findtext(f'.//{dublin_core}description')
         found = json.loads(description)
         return {k: found[k] for k in ('figure', 'scale', 'parameters')}
     except (ValueError, KeyError, TypeError, SyntaxError):   # SyntaxError: no SVG
@@ -284,12 +287,13 @@ def plot_forward(dataset: Dataset,    # the data set
     axes[0, 0].set_ylabel('$z_2$')
     return fig
 
-# %% ../nbs/library/99_plots.ipynb #5627f9ff
+# %% ../nbs/library/99_plots.ipynb #852bb541
 def _density(dataset, alpha, sigma, axis):
     "The density of the noisy data on a square grid, over its largest value."
     q = dataset.log_prob_at(torch.cartesian_prod(axis, axis), alpha, sigma).exp()
     return (q / q.max()).reshape(len(axis), len(axis))
 
+# %% ../nbs/library/99_plots.ipynb #5627f9ff
 @typed
 def score_field(ax: Axes,            # where to draw
                 dataset: Dataset,    # the data set

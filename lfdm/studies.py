@@ -100,12 +100,13 @@ def _require_finite_points(name, x, dim):
     bad = (~x.isfinite()).any(1).sum().item()
     if bad: raise ValueError(f'{name} must be finite: {bad:,} of {len(x):,} points are not.')
 
-# %% ../nbs/library/98_studies.ipynb #89713861
+# %% ../nbs/library/98_studies.ipynb #f2d6310c
 @lru_cache
 def _rare_below(dataset, quantile, n=50_000):
     "The log-density that this share of the data lies below."
     return float(np.quantile(dataset.log_prob(dataset.sample(n, seed=2000)).numpy(), quantile))
 
+# %% ../nbs/library/98_studies.ipynb #89713861
 @typed
 def outside(samples: torch.Tensor,   # generated, shape (n, D); raises ValueError if they are not finite
             dataset: Dataset,        # the data set they imitate; its density must be known
@@ -127,7 +128,7 @@ WAYS = {  # 'sampler, evaluations' -> sampler, steps, (schedule, its range of λ
     'heun, 64': ('heun', 64, _COSINE),
     'edm, 18': ('edm', 18, _EDM)}
 
-# %% ../nbs/library/98_studies.ipynb #2077caeb
+# %% ../nbs/library/98_studies.ipynb #3eaf1225
 @typed
 def sample_quality(denoiser: Denoiser,  # denoiser(z, level) -> (x̂, ε̂)
                    dataset: Dataset,    # the data set it imitates
@@ -147,6 +148,7 @@ def sample_quality(denoiser: Denoiser,  # denoiser(z, level) -> (x̂, ε̂)
     distance = sliced_wasserstein(samples, dataset.sample(real, seed=1, split='test'))
     return np.array([distance, outside(samples, dataset)])
 
+# %% ../nbs/library/98_studies.ipynb #2077caeb
 def _checked_levels(levels):
     "The sampling schedule: an instance, or from its name and the ends of its range."
     if not isinstance(levels, (tuple, list)): return instance(SCHEDULES, levels, 'levels', Schedule)
@@ -175,7 +177,7 @@ def network_quality(parameters: dict,  # of a finished run
     judged = partial(sample_quality, run.denoiser(), run.dataset, n=n, seed=run.parameters.seed, real=real)
     return {name: judged(*way) for name, way in ways.items()}
 
-# %% ../nbs/library/98_studies.ipynb #2ed1a999
+# %% ../nbs/library/98_studies.ipynb #5cbfbe88
 CURVES = ('loss', 'excess', 'nelbo_loss', 'nelbo_excess', 'rescaled_loss', 'rescaled_excess')  # over epochs
 PER_LOGSNR = ('loss_per_logsnr', 'excess_per_logsnr')  # at some epochs
 FIRST_SEED = ('samples', 'samples_few')                # kept for one seed only
@@ -186,6 +188,7 @@ def _quality(samples, dataset):
     distances = judge(samples, dataset, seed=1)
     return [distances[name]['value'] for name in SAMPLED[:-1]] + [outside(samples, dataset)]
 
+# %% ../nbs/library/98_studies.ipynb #2ed1a999
 @typed
 def measure(run: Run,      # a finished run
             steps: list,   # numbers of steps to sample with, beside the run's own
@@ -247,7 +250,7 @@ def _require_array(what, name, array):
 def _write(path, content):
     with write_whole(path) as draft: draft.write_bytes(content)
 
-# %% ../nbs/library/98_studies.ipynb #5607f036
+# %% ../nbs/library/98_studies.ipynb #2d00ae9c
 @typed
 def cached_arrays(path: str | Path,  # of an .npz file
                   make: Callable,    # make() -> dict of arrays
@@ -264,6 +267,7 @@ def cached_arrays(path: str | Path,  # of an .npz file
     except OSError as e: warnings.warn(f'these measurements are not kept, for {path}: {e}', stacklevel=2)
     return arrays
 
+# %% ../nbs/library/98_studies.ipynb #5607f036
 def _made_by(make):
     "What it makes, as arrays."
     made = make()
@@ -295,7 +299,7 @@ def measured(folder: str | Path,  # a finished run's
         return measure(run, **settings)
     return cached_arrays(path, make)
 
-# %% ../nbs/library/98_studies.ipynb #3e7e0b57
+# %% ../nbs/library/98_studies.ipynb #58739c3c
 def _quiet(phase, done, total): "A progress that says nothing."
 
 def _in_turn(tasks, workers, progress):
@@ -307,6 +311,7 @@ def _in_turn(tasks, workers, progress):
         progress('measure', len(results), len(tasks))
     return results
 
+# %% ../nbs/library/98_studies.ipynb #3e7e0b57
 @typed
 def all_cached(study: str,        # whose they are
                scale: str,        # one of SCALES
@@ -374,7 +379,7 @@ class Record:
 
 def _record_path(name, scale): return place('records', scale) / f'{suffixed(name, scale)}.json'
 
-# %% ../nbs/library/98_studies.ipynb #93025fbe
+# %% ../nbs/library/98_studies.ipynb #7648cef6
 def _require_rows(rows):
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f'rows must be dicts, one for each run, not {shown(rows)}.')
@@ -386,6 +391,7 @@ def _require_one_for_each(name, array, rows):
     if len(array) > len(rows):
         raise ValueError(f"array {name!r} has {len(array)} entries for {len(rows)} runs.")
 
+# %% ../nbs/library/98_studies.ipynb #4e9757f4
 def _no_such_value(name, value, valid):
     if isinstance(value, str): return unknown(name, value, valid)
     return f"no run has {name} = {value!r:.60}, only {shown(valid).rpartition(' (')[0]}."
@@ -399,6 +405,7 @@ def _require_value(rows, name, value):
         if row[name] not in valid: valid.append(row[name])
     if value not in valid: raise ValueError(_no_such_value(name, value, valid))
 
+# %% ../nbs/library/98_studies.ipynb #f13143e7
 def _require_kept(record, name, rows, conditions):
     "The array must be kept for all these runs."
     kept, runs = len(record.arrays[name]), len(record.rows)
@@ -410,6 +417,7 @@ def _require_measured(record, name, rows):
     for found in (record.rows[i] for i in rows):
         if name not in found: raise ValueError(unknown('measurement', name, [*record.arrays, *found]))
 
+# %% ../nbs/library/98_studies.ipynb #93025fbe
 def _require_writable(folder):
     "Raise OSError unless files can be made in a folder; it is made if it is not there."
     try:
@@ -417,7 +425,7 @@ def _require_writable(folder):
         with tempfile.TemporaryFile(dir=folder): pass
     except OSError as e: raise type(e)(f'no record can be written in {folder}: {e.strerror or e}.') from None
 
-# %% ../nbs/library/98_studies.ipynb #8b0ad7e8
+# %% ../nbs/library/98_studies.ipynb #ce039688
 _KEYS = 'study', 'scale', 'settings', 'arrays', 'runs'   # of a record's .json; and its own digest
 _MOST = 2**28   # bytes of all arrays of a record: those of the largest here are a hundredth of it
 
@@ -432,6 +440,7 @@ def _require_digest(path, content):
         warnings.warn(f'{path.name} was written before records had a digest of their rows.', stacklevel=4)
     elif content['digest'] != _content_digest(content): raise ValueError('its rows or settings were changed')
 
+# %% ../nbs/library/98_studies.ipynb #0fbbe021
 def _require_small(packed, rows):
     "Raise ValueError unless the heads of all arrays say that they are of these runs, and small together."
     with zipfile.ZipFile(io.BytesIO(packed)) as file:
@@ -446,6 +455,7 @@ def _require_small(packed, rows):
             if dtype.hasobject or not shape or shape[0] > rows or size > info.file_size:
                 raise ValueError(f'{info.filename} has shape {shape} of {dtype} for {rows} runs')
 
+# %% ../nbs/library/98_studies.ipynb #8b0ad7e8
 def _read(path, name, scale):
     "The record in these two files; raises ValueError unless they belong together, and to this study."
     content, packed = json.loads(path.read_text()), path.with_suffix('.npz').read_bytes()
@@ -458,7 +468,7 @@ def _read(path, name, scale):
     _require_small(packed, len(content['runs']))
     with np.load(io.BytesIO(packed)) as f: return Record(content['settings'], content['runs'], dict(f))
 
-# %% ../nbs/library/98_studies.ipynb #e0071b01
+# %% ../nbs/library/98_studies.ipynb #632b9d5d
 @typed
 def load_record(name: str,            # of the study
                 scale: str = 'full',  # one of SCALES
@@ -473,6 +483,7 @@ def load_record(name: str,            # of the study
     except (Exception, MemoryError) as e:
         raise ValueError(f"the record {path} is damaged: {' '.join(str(e).split())[:120]}. {make}") from e
 
+# %% ../nbs/library/98_studies.ipynb #e0071b01
 def _no_record(name, scale, path):
     there = [p.stem.removesuffix(f'-{scale}') for p in path.parent.glob('*.json')]
     near = unknown('study', name, there).partition(' Valid:')[0].removeprefix(f'unknown study {name!r}.')
@@ -490,7 +501,7 @@ def flat(run: Run,  # a finished run
     made = {'seconds': run.environment.get('seconds'), 'run': run.folder.name}
     return asdict(run.parameters) | numbers | distances | made
 
-# %% ../nbs/library/98_studies.ipynb #c834a7e1
+# %% ../nbs/library/98_studies.ipynb #380a28b9
 @typed
 def condense(parameters: list,   # of Parameters
              study: str,         # their study
@@ -514,6 +525,7 @@ def condense(parameters: list,   # of Parameters
              'diverged': [{'run': p.slug(), 'epoch': e} for p, e in diverged.items()]}
     return Record(settings | about, list(rows), small)
 
+# %% ../nbs/library/98_studies.ipynb #c834a7e1
 def _require_measurable(parameters, settings):
     "Raise unless all are parameters of points, and their runs can be measured so."
     if not parameters or not all(isinstance(p, Parameters) for p in parameters):
@@ -552,7 +564,7 @@ def make_record(name: str,            # of the study
     record.save(name, scale)
     return record
 
-# %% ../nbs/library/98_studies.ipynb #09095de7
+# %% ../nbs/library/98_studies.ipynb #08826da6
 @typed
 def mean_sd(values,             # one for each seed: a list or an array
             form: str = '.3f',  # of both numbers
@@ -566,6 +578,7 @@ def mean_sd(values,             # one for each seed: a list or an array
     try: return f'{values.mean():{form}} ± {sd:{form}}'
     except ValueError: raise ValueError(f"form must be one such as '.3f', not {form!r:.60}.") from None
 
+# %% ../nbs/library/98_studies.ipynb #09095de7
 @typed
 def table(head: list,      # the names of the columns
           rows: Iterable,  # of cells: anything that prints

@@ -265,7 +265,7 @@ def test_constraints_pin_every_requirement():
 
 
 def test_workflows_are_pinned_and_may_only_read():
-    "By full commit, with the version beside it. Only the job that publishes may do more, and it runs no code."
+    "By full commit, with the version beside it. Only the job that publishes may do more; it runs no code."
     for path in (ROOT / ".github/workflows").iterdir():
         text = path.read_text()
         for line in re.findall(r"uses:.*", text):
