@@ -404,20 +404,20 @@ def advice_on_memory(task: Task):  # of the run
 
 # %% ../nbs/library/95_runs.ipynb #7fbb5ac0
 def _train(task: Task,       # of the run
-              checkpoint: Path, # resumed from if it is there, and written after each epoch
-              progress,         # called as progress(phase, done, total)
-              accelerator=None, # accelerate's, for several processes; the main one alone writes
-             ) -> tuple:        # (TrainState at the end, examples per second)
+           checkpoint: Path, # resumed from if it is there, and written after each epoch
+           progress,         # called as progress(phase, done, total)
+           accelerator=None, # accelerate's, for several processes; the main one alone writes
+          ) -> tuple:        # (TrainState at the end, examples per second)
     "Train the network of a run."
     p, main = task.parameters, _is_main(accelerator)
-    loss = p.loss()
+    loss, name = p.loss(), p.slug()
     state = TrainState(task.new_network(), p.lr, p.seed, p.ema, p.clip, p.warmup, [loss.schedule])
-    if checkpoint.exists(): state.load(checkpoint)
+    if checkpoint.exists(): state.load(checkpoint, name)
     first, start = state.epoch, time.monotonic()
     saved = start
     for _ in task.fit(state, loss, progress, accelerator):   # the state itself moves
         due = state.epoch == p.epochs or time.monotonic() - saved >= task.save_every
-        if main and due: state.save(checkpoint); saved = time.monotonic()
+        if main and due: state.save(checkpoint, name); saved = time.monotonic()
     seconds, n = time.monotonic() - start, (state.epoch - first) * task.data.n_train
     return state, round(n / seconds) if n else None
 

@@ -84,9 +84,9 @@ def start(root, kill_at=None, started=None, go=None):
 
 
 def test_killed_at_every_step_and_resumed_is_bit_identical(tmp_path, whole):
-    "each start goes one event further than the one before; in between, half of what was written is lost"
+    "each start goes three events further than the one before; in between, half of what was written is lost"
     folder, work, deaths, resumed = at(tmp_path), part(optional(), tmp_path), 0, 0
-    for kill_at in range(80):
+    for kill_at in range(0, 240, 3):
         said = start(tmp_path, kill_at).said()
         if said != "killed": break
         deaths += 1
@@ -147,6 +147,17 @@ def test_a_damaged_checkpoint_is_named_and_kept(tmp_path, whole):
         assert tree(tmp_path) == before
     checkpoint.rmdir()
     again(tmp_path, whole, ("train", 0, 3))
+
+
+def test_the_checkpoint_of_another_run_is_refused_and_kept(tmp_path):
+    "of the same network: only its name tells it apart"
+    p, other = (small(ema=.8, clip=.3, warmup=6, lr=lr) for lr in (1e-3, 2e-3))
+    with pytest.raises(Stopped): make_run(other, root=tmp_path, progress=stop_at("train", 2))
+    os.replace(part(other, tmp_path), work := part(p, tmp_path))
+    before = tree(work)
+    says = f"checkpoint .*another run, {other.slug()}.*Move it away"
+    with pytest.raises(ValueError, match=says): make_run(p, root=tmp_path)
+    assert tree(work) == before
 
 
 # ---- finished runs
