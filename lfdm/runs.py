@@ -34,7 +34,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from .core import project_root, shown, typed, unknown, write_whole
+from .core import project_root, shown, sync, typed, unknown, write_whole
 from .folders import checked_name, runs_root
 from .parameters import RESULTS_VERSION, RunParameters
 from .sampling import sample
@@ -268,19 +268,8 @@ _NO_DIGESTS = ('this run carries no digests, for it was made before records had 
                'if one of its files changed, nobody would know.')
 
 # %% ../nbs/library/95_runs.ipynb #43557e92
-def _sync(path):  # of a file, or of a folder: then its names
-    "Wait until it is on the disk, and would outlive a power cut."
-    if os.name == 'nt' and Path(path).is_dir(): return   # Windows opens no folders
-    handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
-
 def _write(path, content: bytes):
-    "Write a file whole and on the disk. A link in its place is replaced, and not written through."
-    with write_whole(path) as draft:
-        draft.unlink(missing_ok=True)
-        with draft.open('xb') as file: file.write(content)
-        _sync(draft)
+    with write_whole(path) as draft: draft.write_bytes(content)
 
 def _json(content) -> bytes: return (json.dumps(content, indent=1) + '\n').encode()
 
@@ -307,7 +296,7 @@ def write_record(work: Path,       # the work folder
                  samples,          # of the network
                  summary: dict,    # the final numbers
                  **environment):   # what is known of the training: seconds, processes, ...
-    "Write the complete record of a run into its work folder, and remove what was needed to make it."
+    "Write the complete record of a run into its work folder, then remove what was needed to make it."
     p, weights = task.parameters, {k: v.cpu().contiguous() for k, v in net.state_dict().items()}
     with io.BytesIO() as file:
         np.savez_compressed(file, samples=task.stored(samples))
@@ -320,7 +309,6 @@ def write_record(work: Path,       # the work folder
                      'results_version': RESULTS_VERSION,
                      'environment': _versions() | environment}
     _write(work / 'params.json', _json(_sealed(record, work)))
-    _sync(work)
     left = [f for f in work.iterdir() if _LEFT.fullmatch(f.name)]
     for f in sorted(left, key=lambda f: f.name == CHECKPOINT): f.unlink()   # the checkpoint last
 
@@ -363,7 +351,7 @@ def work_folder(folder: Path):  # of a run
     work.mkdir(exist_ok=True)
     yield work
     os.replace(work, folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 # %% ../nbs/library/95_runs.ipynb #427f4330
 @contextmanager
