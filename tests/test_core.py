@@ -12,7 +12,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from lfdm.core import (
+    LONGEST,
     as_number,
+    checked_device,
+    checked_seed,
     expand,
     from_spec,
     instance,
@@ -21,6 +24,7 @@ from lfdm.core import (
     maths,
     number,
     project_root,
+    seeded,
     spec,
     unknown,
     write_whole,
@@ -221,14 +225,18 @@ def test_expand_refuses_scales_of_other_data(shape):
         expand(torch.ones(shape), torch.ones(2, 2))
 
 
-@pytest.mark.parametrize('scale', [np.array([1., 10.]), [1., 10.], (1., 10.)], ids=lambda s: type(s).__name__)
-def test_expand_never_lets_a_wrong_broadcast_through(scale):
-    with pytest.raises(TypeError, match='a scale must be a number or a tensor'):
-        expand(scale, torch.ones(2, 2))
+@pytest.mark.parametrize('scale', [np.array([1., 10.]), [1., 10.], (1, 10)], ids=type)
+def test_expand_takes_numbers_in_any_form(scale):
+    assert (expand(scale, torch.ones(2, 2)) * torch.ones(2, 2)).tolist() == [[1.] * 2, [10.] * 2]
+
+
+@pytest.mark.parametrize('scale', [None, 'a', True, 1j, {}, ['a'], [[1], [1, 2]], torch.tensor([True])])
+def test_expand_refuses_what_is_no_scale(scale):
+    with pytest.raises(TypeError, match='^alpha must '): expand(scale, torch.ones(2, 2), 'alpha')
 
 
 def test_expand_keeps_numbers():
-    for scale in (2, 2., torch.tensor(2.)): assert expand(scale, torch.ones(2, 2)) is scale
+    for scale in (2., torch.tensor(2.), sympy.Symbol('a')): assert expand(scale, torch.ones(2, 2)) is scale
 
 
 # ---- one formula for tensors and symbols
@@ -262,12 +270,12 @@ def test_plain_numbers_become_float64(value): assert as_number(value).dtype == t
 def test_tensors_keep_their_dtype(dtype): assert as_number(torch.ones(2, dtype=dtype)).dtype == dtype
 
 
-NO_FLOATS = [torch.tensor(1), torch.tensor(True), torch.tensor(1j), '0.5', 'a', None, True]
+NO_FLOATS = [torch.tensor(True), torch.tensor(1j), '0.5', 'a', None, True, 1j, [None], {}]
 
 
 @pytest.mark.parametrize('bad', NO_FLOATS, ids=repr)
 def test_what_is_no_floating_point_number_is_refused(bad):
-    with pytest.raises(TypeError, match='expected floating-point') as e: as_number(bad)
+    with pytest.raises(TypeError, match='^logsnr must ') as e: as_number(bad, 'logsnr')
     assert (str(bad.dtype) if torch.is_tensor(bad) else repr(bad)) in str(e.value)
 
 
@@ -313,3 +321,55 @@ def test_a_killed_writer_leaves_the_former_file(tmp_path):
     assert killed.returncode == -9 and path.read_text() == 'former' and draft.read_text() == 'half'
     with write_whole(path, draft): draft.write_text('new')   # the leftover does no harm
     assert path.read_text() == 'new' and os.listdir(tmp_path) == ['file']
+
+
+# ---- seeds, devices, short messages
+
+@pytest.mark.parametrize('seed', [0, 7, 2**32 - 1, 1e3, np.int64(5)], ids=repr)
+def test_seeds_are_kept(seed):
+    assert checked_seed(seed) == seed and type(checked_seed(seed)) is int
+    assert torch.equal(torch.rand(3, generator=seeded(seed)),
+                       torch.rand(3, generator=torch.Generator().manual_seed(int(seed))))
+
+
+@pytest.mark.parametrize('seed', [-1, 2**32, 2**63, 10**400, 0.5, math.nan, math.inf, True, None, '0', [0]])
+def test_a_seed_that_repeats_another_is_refused(seed):
+    for refuses in (checked_seed, seeded):
+        with pytest.raises((TypeError, ValueError), match='^seed must be ') as e: refuses(seed)
+        assert len(str(e.value)) <= LONGEST
+
+
+def test_a_stream_is_gone_on_with():
+    g = seeded(3)
+    assert seeded(g) is g
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    for device in ('cpu', torch.device('cpu')): assert checked_device(device) == torch.device('cpu')
+    for bad in ('gpu', 'CPU', 'cuda', 'cuda:0', 'meta', '', 'cpu:7', torch.device('meta')):
+        for refuses in (checked_device, lambda device: seeded(0, device)):
+            with pytest.raises(ValueError, match="unknown device.* '.*'. .*Valid: 'cpu'"): refuses(bad)
+    for bad in (None, 0, True, ['cpu']):
+        with pytest.raises(TypeError, match='^device must be a name such as'): checked_device(bad)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    for good in ('cuda', 'cuda:1'): assert checked_device(good) == torch.device(good)
+    with pytest.raises(ValueError, match="this machine: 'cuda:2'.*Valid: 'cpu', 'cuda:0', 'cuda:1'"):
+        checked_device('cuda:2')
+
+
+LONG = ['a' * 10_000, 'cosine(' + 'x' * 10_000, ['a'] * 10_000, 10**400, 'a\nb', torch.zeros(100_000),
+        b'a' * 999, np.zeros(10_000), 'cosine(' + 'a=1,' * 999 + ')', 'cosine(' + '"a"' * 999 + ')']
+
+
+@pytest.mark.parametrize('value', LONG, ids=lambda v: str(v)[:9])
+def test_messages_are_short(value):
+    names = {f'name_{i}': Child for i in range(500)}
+    doors = [lambda: lookup(names, value, 'thing'), lambda: instance(names, value, 'thing', Base),
+             lambda: instance(SCHEDULES, value, 'schedule', Schedule), lambda: number('n', value, high=1),
+             lambda: number('n', value, integer=True, high=1), lambda: checked_seed(value)]
+    for door in doors:
+        with pytest.raises((TypeError, ValueError)) as e: door()
+        assert len(str(e.value)) <= LONGEST and '\n' not in str(e.value)

@@ -3,11 +3,11 @@ import contextlib
 import hashlib
 import os
 import pickle
+import re
 import shutil
 import struct
 import tempfile
 import zlib
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,8 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 import lfdm.images  # noqa: F401  all sets join IMAGES
-from lfdm.core import from_spec, instance
+from lfdm.core import from_spec
+from lfdm.images import data
 from lfdm.images.data import (
     CIFAR10,
     IMAGES,
@@ -32,65 +33,66 @@ from lfdm.images.data import (
     scaled,
     stratified,
 )
+from photos import write
+from tree import ROOT, files
 
 torch.set_num_threads(1)
 u8 = torch.uint8
 by_name = lambda spec: from_spec(IMAGES, spec, 'image set')
-refused = lambda match, error=ValueError: pytest.raises(error, match=match)
+refused = lambda match, error=(ValueError, TypeError, OSError): pytest.raises(error, match=match)
 
 
 # --- bytes and densities
 
-@settings(max_examples=300, deadline=None)
-@given(st.integers(2, 256), st.integers(0, 255), st.floats(0, 1, exclude_max=True, width=32))
-def test_a_dequantized_byte_stays_in_its_cell(levels, b, u):
-    b = b % levels
-    image = torch.tensor([b], dtype=u8)
-    x = dequantize(image, levels, u=torch.tensor([u]))
-    low, high = (Fraction(2 * k, levels) - 1 for k in (b, b + 1))   # without any rounding
-    assert x.dtype == torch.float32 and -1 < x < 1 and low < Fraction(x.item()) < high
-    for y in (x, x.double(), scaled(image, levels)): assert quantize(y, levels) == image
+def test_bytes_come_back_from_the_ends_of_their_cells():
+    for levels in (2, 17, 255, 256):
+        b = torch.arange(levels, dtype=u8)
+        for x in (scaled(b, levels), *(dequantize(b, levels, u=torch.full((levels,), u)) for u in (0., 1.))):
+            assert x.dtype == torch.float32 and x.abs().max() < 1
+            assert quantize(x, levels).equal(b) and quantize(x.double(), levels).equal(b)
+    assert quantize(torch.tensor([-9., 9., 1., -1.]), 17).tolist() == [0, 16, 16, 0]
+    for shape in ((0, 3, 4, 4), ()): assert dequantize(torch.zeros(shape, dtype=u8), 17).shape == shape
 
 
 def test_the_place_in_the_cell_is_uniform_and_reproducible():
-    b, n = torch.full((40_000,), 200, dtype=u8), 40_000
-    draw = lambda seed: dequantize(b, 256, torch.Generator().manual_seed(seed))
+    n = 40_000
+    draw = lambda seed: dequantize(torch.full((n,), 200, dtype=u8), 256, torch.Generator().manual_seed(seed))
     u = (draw(0).double() + 1) * 128 - 200
     assert draw(0).equal(draw(0)) and not draw(0).equal(draw(1))
     assert (u.sort().values - torch.linspace(0, 1, n)).abs().max() < 2 / n**.5   # Kolmogorov, Smirnov
 
 
-@pytest.mark.parametrize('shape', [(0, 3, 4, 4), (2, 3, 4, 4), ()])
-def test_any_shape(shape):
-    b = torch.zeros(shape, dtype=u8)
-    assert dequantize(b, 17).shape == scaled(b, 17).shape == quantize(scaled(b, 17), 17).shape == shape
+GOOD = torch.full((4, 3, 8, 8), 16, dtype=u8)
+LEVELS = (1, 257, 2.5, True, '8', None, float('nan'))
+WRONG = [   # (what, its arguments, what is said)
+    *((f, (x, levels), 'levels must be') for levels in LEVELS
+      for f, x in ((dequantize, GOOD), (scaled, GOOD), (quantize, GOOD.float()))),
+    *((f, (x, 256), 'uint8 tensor') for f in (dequantize, scaled) for x in (GOOD.float(), GOOD.long())),
+    *((f, (GOOD, 16), 'values up to 15, not 16') for f in (dequantize, scaled)),
+    (quantize, (torch.tensor([0., float('nan')]), 256), 'not finite'),
+    (quantize, (torch.tensor([0., -float('inf')]), 256), 'not finite'),
+    (quantize, (GOOD, 256), 'floating-point'),
+    *((require_images, ('pictures', x, *more), 'pictures.*' + said) for x, more, said in (
+        (GOOD[0], (), 'shape'), (GOOD[..., :0], (), 'shape'), (GOOD[:3], (256, 4), 'too few'),
+        (GOOD[:, :2], (256, 1, (1, 3)), '1 or 3'), (GOOD, (2,), '2 levels'), (GOOD.float(), (), 'quantize'),
+        (GOOD.tolist(), (), 'uint8'))),
+    *((image_grid, (GOOD.new_zeros(shape), 2), r'shape \(n, 1 or 3, H, W\)')
+      for shape in ((2, 2, 4, 4), (4, 4), (0, 1, 4, 4))),
+    (image_grid, (GOOD, 0), 'columns must be'), (image_grid, (GOOD.float(), 2), 'uint8')]
 
 
-@pytest.mark.parametrize('levels', [1, 257, 2.5, True, '8', None, float('nan')])
-@pytest.mark.parametrize('f', [dequantize, scaled, lambda b, levels: quantize(b.float(), levels)])
-def test_levels_out_of_range(f, levels):
-    with refused('levels must be', (ValueError, TypeError)): f(torch.zeros(3, dtype=u8), levels)
+@pytest.mark.parametrize('f, arguments, said', WRONG)
+def test_wrong_input(f, arguments, said):
+    with refused(said): f(*arguments)
 
 
-def test_wrong_input_of_the_conversions():
-    for f in (dequantize, scaled):
-        for bad in (torch.zeros(3), torch.zeros(3, dtype=torch.int64), np.zeros(3, np.uint8), None):
-            with refused('uint8 tensor', TypeError): f(bad, 256)
-        with refused('values up to 15, not 16'): f(torch.tensor([3, 16], dtype=u8), 16)
-    for bad in (float('nan'), float('inf')):
-        with refused('not finite'): quantize(torch.tensor([0., bad]), 256)
-    with refused('floating-point', TypeError): quantize(torch.zeros(3, dtype=u8), 256)
-    assert quantize(torch.tensor([-9., 9., 1., -1.]), 17).tolist() == [0, 16, 16, 0]
-
-
-def test_wrong_images():
-    good = torch.zeros(4, 3, 8, 8, dtype=u8)
-    require_images('pictures', good, 2, 4, (1, 3))
-    for bad, said in ((good[0], 'shape'), (good[..., :0], 'shape'), (good[:3], 'too few'),
-                      (good[:, :2], '1 or 3'), (good + 2, '2 levels')):
-        with refused('pictures.*' + said): require_images('pictures', bad, 2, 4, (1, 3))
-    for bad, said in ((good.float(), 'quantize'), (good.tolist(), 'uint8')):
-        with refused('pictures.*' + said, TypeError): require_images('pictures', bad)
+def test_grid_puts_each_image_in_its_place():
+    images = torch.arange(5, dtype=u8)[:, None, None, None].expand(5, 3, 2, 3)
+    grid = image_grid(images, 2, levels=5)
+    assert grid.shape == (8, 7, 3) and grid.dtype == np.uint8
+    assert (grid[:2, :3] == 0).all() and (grid[:2, 4:] == 64).all() and (grid[6:, :3] == 255).all()
+    assert (grid[2] == 255).all() and (grid[:, 3] == 255).all() and (grid[6:, 4:] == 255).all()   # no image
+    assert image_grid(images[:, :1], 5, 5, gap=0).shape == (2, 15)
 
 
 # --- sets
@@ -98,10 +100,9 @@ def test_wrong_images():
 def test_digits_do_not_depend_on_the_seed_of_a_run():
     torch.manual_seed(5)
     d = Digits()
-    assert d.digest == '3d019220'   # another value: other data, and records on the old ones no longer compare
     assert d.train() is d.train() and d.train()[:, :, :4].max() == 0 and d.train().max() == 16
     content = d.train().numpy().tobytes() + d.test().numpy().tobytes()
-    assert hashlib.sha256(content).hexdigest()[:8] == d.digest and d.labels().dtype == torch.int64
+    assert hashlib.sha256(content).hexdigest()[:8] == d.digest == '3d019220'
     with refused("Did you mean 'test'"): d.labels('tests')
 
 
@@ -117,12 +118,9 @@ def test_a_split_is_a_partition_in_proportion(labels, data):
 
 
 def test_names():
-    assert set(IMAGES) == {'digits', 'templates', 'cifar10', 'folder'}
-    assert all(cls.name == name for name, cls in IMAGES.items())
-    assert by_name('templates(std=0.1)').std == .1
-    assert isinstance(instance(IMAGES, Digits, 'image set', ImageSet), Digits)
-    for wrong, said in (('digit', 'digits'), ('templates(sdt=0.1)', 'std')):
-        with refused(f"Did you mean '{said}'"): by_name(wrong)
+    assert {cls.name: cls for cls in IMAGES.values()} == IMAGES and by_name('templates(std=0.1)').std == .1
+    for wrong, said in dict(digit="'digits'", folder='a path', **{'templates(sdt=0.1)': "'std'"}).items():
+        with refused(said): by_name(wrong)
 
 
 def test_a_set_of_ones_own_is_checked():
@@ -145,88 +143,63 @@ def cifar(tmp_path, monkeypatch):
     from torchvision import datasets
     folder, md5, rng = tmp_path / 'data' / 'cifar-10-batches-py', {}, np.random.default_rng(0)
     folder.mkdir(parents=True)
-    def write(name, content):
+    def pickled(name, **content):
         (folder / name).write_bytes(pickle.dumps(content))
         md5[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
     for name in [*(f'data_batch_{i}' for i in range(1, 6)), 'test_batch']:
-        pixels, labels = rng.integers(0, 256, (4, 3072), dtype=np.uint8), rng.integers(0, 10, 4)
-        write(name, {'data': pixels, 'labels': labels.tolist()})
-    write('batches.meta', {'label_names': list('abcdefghij')})
+        pickled(name, data=rng.integers(0, 256, (4, 3072), np.uint8), labels=rng.integers(0, 10, 4).tolist())
+    pickled('batches.meta', label_names=list('abcdefghij'))
     for which in ('train_list', 'test_list'):
         listed = [[name, md5[name]] for name, _ in getattr(datasets.CIFAR10, which)]
         monkeypatch.setattr(datasets.CIFAR10, which, listed)
     monkeypatch.setattr(datasets.CIFAR10, 'meta', datasets.CIFAR10.meta | {'md5': md5['batches.meta']})
-    monkeypatch.delenv('LFDM_DATA', raising=False)
+    monkeypatch.setenv('LFDM_DATA', str(tmp_path / 'nothing'))
     return folder
 
 
 def test_cifar_is_found_in_every_way(cifar, monkeypatch, tmp_path):
-    sets = [CIFAR10(cifar.parent), CIFAR10(str(cifar)), by_name(f'cifar10(path="{cifar.parent}")')]
+    renamed = shutil.copytree(cifar, tmp_path / 'renamed')
+    sets = [CIFAR10(cifar.parent), CIFAR10(str(cifar)), by_name(f'cifar10(path="{cifar.parent}")'),
+            CIFAR10(renamed)]
     monkeypatch.setenv('LFDM_DATA', str(cifar.parent))
     sets.append(CIFAR10())
     monkeypatch.delenv('LFDM_DATA')
     (tmp_path / 'settings.ini').write_text('lib_name = lfdm\n')
     monkeypatch.chdir(tmp_path)
     sets.append(CIFAR10())
-    shutil.copytree(cifar, tmp_path / 'renamed')
-    sets.append(CIFAR10(tmp_path / 'renamed'))
     monkeypatch.chdir(cifar)
     sets.append(CIFAR10('.'))
     raw = pickle.loads((cifar / 'data_batch_2').read_bytes())
     for s in sets:
-        assert s.train().shape == (20, 3, 32, 32) and s.test().shape == (4, 3, 32, 32)
-        assert s.train().is_contiguous() and s.digest == sets[0].digest
-        assert s.train()[4:8].numpy().tobytes() == raw['data'].tobytes()
+        assert s.train().shape == (20, 3, 32, 32) and s.n_test == 4 and s.digest == sets[0].digest
+        assert s.train().is_contiguous() and s.train()[4:8].numpy().tobytes() == raw['data'].tobytes()
         assert s.labels()[4:8].tolist() == raw['labels']
     assert (s.levels, s.classes, s.shape, s.lossy) == (256, 10, (3, 32, 32), False)
 
 
-def test_cifar_that_is_not_there(tmp_path, monkeypatch):
-    monkeypatch.setenv('LFDM_DATA', str(tmp_path / 'nothing'))
-    said = r"no CIFAR-10 in .*nothing.*path='the folder.*CIFAR10\.download\(\)"
-    with refused(said, FileNotFoundError): CIFAR10()
+def test_cifar_that_is_missing_or_damaged(cifar, monkeypatch):
+    with refused(r"no CIFAR-10 in .*nothing.*path='the folder.*CIFAR10\.download\(\)"): CIFAR10()
     with refused(r"CIFAR10\.download\('elsewhere'\)", FileNotFoundError): CIFAR10('elsewhere')
-
-
-def test_cifar_that_is_damaged(cifar):
-    whole = (cifar / 'data_batch_3').read_bytes()
-    (cifar / 'data_batch_3').write_bytes(whole[:1000])
+    (cifar / 'data_batch_3').write_bytes((cifar / 'data_batch_3').read_bytes()[:1000])
     (cifar / 'test_batch').unlink()
-    with refused(r'not whole: data_batch_3 \(damaged\), test_batch \(missing\)'): CIFAR10(cifar).train()
-
-
-def test_what_is_not_official_is_not_opened(cifar, monkeypatch):
-    "A pickle can run anything."
-    from torchvision import datasets
-    monkeypatch.undo()
+    # a pickle can run anything: what is not official is not opened
     monkeypatch.setattr(pickle, 'load', lambda *a, **k: pytest.fail('unpickled'))
-    assert datasets.CIFAR10.test_list[0][1] == '40351d587109b95175f43aff81a1287e'
-    with refused('batches.meta .damaged'): CIFAR10(cifar).train()
+    with refused(r'not whole: data_batch_3 \(damaged\), test_batch \(missing\)'): CIFAR10(cifar).train()
 
 
 def test_download_only_when_asked(cifar, monkeypatch, tmp_path):
     from torchvision import datasets
     fetch = lambda url, root, filename, md5: shutil.copytree(cifar, Path(root) / cifar.name)
     monkeypatch.setattr(datasets.cifar, 'download_and_extract_archive', fetch)
-    with pytest.raises(FileNotFoundError): CIFAR10(tmp_path / 'new')
+    with refused('no CIFAR-10'): CIFAR10(tmp_path / 'new')
     assert CIFAR10.download(tmp_path / 'new').n_test == 4
 
 
 # --- folders
 
-def write(folder, names, size=(8, 6), mode='RGB', seed=0, **options):
-    "Random images of that name."
-    rng = np.random.default_rng(seed)
-    for name in names.split():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-        Image.fromarray(pixels).convert(mode).save(folder / name, **options)
-    return folder
-
-
 def test_four_forms_of_a_folder(tmp_path):
     pixels = lambda name: torch.from_numpy(np.array(Image.open(tmp_path / name))).permute(2, 0, 1)
-    write(tmp_path, 'a/train/x/2.png a/train/x/1.png a/train/y/1.png a/test/x/9.png a/test/y/9.png')
+    write(tmp_path, 'a/train/x/2.png a/train/x/1.png a/train/y/1.png a/test/x/9.png a/test/y/9.png', (8, 6))
     write(tmp_path, 'b/train/2.png b/train/1.png b/test/1.png')
     a, b = ImageFolder(tmp_path / 'a'), ImageFolder(str(tmp_path / 'b'))
     assert a.train().equal(torch.stack([pixels(f'a/train/{n}.png') for n in ('x/1', 'x/2', 'y/1')]))
@@ -234,81 +207,207 @@ def test_four_forms_of_a_folder(tmp_path):
     assert a.shape == (3, 6, 8) and a.n_test == a.classes == 2 and a.class_names == ['x', 'y']
     assert b.train()[1].equal(pixels('b/train/2.png')) and b.labels() is None and b.classes is None
     write(tmp_path, ' '.join(f'c/{c}/{i}.png' for c in 'xy' for i in range(12)), seed=1)
-    write(tmp_path, 'd/0.png d/1.png d/2.png', seed=2)
+    for name in ('README.md', 'x/Thumbs.db', 'x/._1.png'): (tmp_path / 'c' / name).write_text('no image')
+    write(tmp_path, 'c/.hidden/1.png d/0.png d/1.PNG d/2.png', seed=2)
     c, d = ImageFolder(tmp_path / 'c'), ImageFolder(tmp_path / 'd')
     assert (c.n_train, c.n_test, d.n_train, d.n_test) == (20, 4, 2, 1) and d.labels() is None
     assert c.labels('test').bincount().tolist() == [2, 2]
     assert len(torch.cat([c.train(), c.test()]).flatten(1).unique(dim=0)) == 24
-    shutil.copytree(tmp_path / 'c', tmp_path / 'elsewhere')
-    assert by_name(f'folder(path="{tmp_path / "elsewhere"}")').digest == c.digest != d.digest
-
-
-def test_what_is_no_image_is_passed_over(tmp_path):
-    write(tmp_path, 'a/1.png a/2.PNG a/sub/3.png b/1.png .hidden/1.png')
-    for name in ('README.md', 'a/Thumbs.db', 'a/._1.png'): (tmp_path / name).write_text('no image')
-    f = ImageFolder(tmp_path)
-    assert f.class_names == ['a', 'b'] and len(f.files['all'][0]) == 4 and f.n_train == 3
+    elsewhere = shutil.copytree(tmp_path / 'c', tmp_path / 'elsewhere')
+    assert by_name(f'folder(path="{elsewhere}")').digest == c.digest != d.digest
+    files = c.files['all'][0]
+    assert decode(files, threads=1)[0].equal(decode(files, threads=7)[0])
 
 
 def test_size_cuts_and_resizes(tmp_path):
-    write(tmp_path, '1.png 2.png'), write(tmp_path, '3.png', size=(20, 30))
+    write(tmp_path, '1.png 2.png', (8, 6)), write(tmp_path, '3.png', (20, 30))
     both = r"1\.png' has mode 'RGB', 8×6, and '.*3\.png' has mode 'RGB', 20×30 \(1 of 3 differ.*size="
     with refused(both): ImageFolder(tmp_path).train()
     assert by_name(f'folder(path="{tmp_path}", size=4)').shape == (3, 4, 4)
-    write(tmp_path / 'same', '1.png 2.png', size=(6, 6))
-    assert ImageFolder(tmp_path / 'same', size=6).digest == ImageFolder(tmp_path / 'same').digest
+    same = write(tmp_path / 'same', '1.png 2.png')
+    assert ImageFolder(same, size=8).digest == ImageFolder(same).digest
     for bad in (0, 2.5, 'big', True, 5000):
-        with refused('size must be', (ValueError, TypeError)): ImageFolder(tmp_path, size=bad)
+        with refused('size must be'): ImageFolder(tmp_path, size=bad)
 
 
 def test_lossy_copies_say_so(tmp_path):
-    write(tmp_path, 'a/1.png a/2.png b/1.png b/2.jpg c/1.webp c/2.webp')
-    shutil.copytree(tmp_path / 'b', tmp_path / 'd')
+    write(tmp_path, 'a/1.png a/2.png b/1.png b/2.jpg c/1.webp c/2.webp d/1.png d/2.jpg')
     (tmp_path / 'd/2.jpg').rename(tmp_path / 'd/2.png')   # the content counts, not the name
     assert [ImageFolder(tmp_path / f).lossy for f in 'abcd'] == [False, True, True, True]
 
 
-@pytest.mark.parametrize('mode', ['P', 'RGBA', 'LA', '1', 'I;16', 'CMYK'])
+def chunk(kind, data):
+    return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+
+def png(pixels, width, height, bits, colours):
+    "A PNG of any kind; no pixels: only its header."
+    head = chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, bits, colours, 0, 0, 0))
+    return b'\x89PNG\r\n\x1a\n' + head + chunk(b'IDAT', zlib.compress(pixels)) + chunk(b'IEND', b'')
+
+
+DEEP = np.array([[0, 10_000], [20_000, 30_000]])
+KINDS = {   # mode that is refused -> (ending, how to write such a file)
+    **{mode: ('png', lambda f, mode=mode: Image.new(mode, (2, 2), 1).save(f)) for mode in ('P', '1')},
+    **{mode: ('png', lambda f, mode=mode: Image.new(mode, (2, 2)).save(f)) for mode in ('RGBA', 'LA')},
+    'CMYK': ('jpg', lambda f: Image.new('CMYK', (2, 2)).save(f)),
+    'I;16': ('png', lambda f: Image.fromarray(DEEP.astype(np.uint16)).save(f)),
+    'I': ('tif', lambda f: Image.fromarray(DEEP.astype(np.int32)).save(f)),
+    'F': ('tif', lambda f: Image.fromarray(DEEP.astype(np.float32)).save(f)),
+    'RGB;16': ('png', lambda f: f.write_bytes(png(b''.join(
+        b'\0' + np.repeat(row, 3).astype('>u2').tobytes() for row in DEEP), 2, 2, 16, 2))),
+    'RGB with transparency': ('png', lambda f: Image.new('RGB', (2, 2)).save(f, transparency=(0, 0, 0))),
+    'L with transparency': ('png', lambda f: Image.new('L', (2, 2)).save(f, transparency=0)),
+    'RGB in several frames': ('png webp tif', lambda f: Image.new('RGB', (2, 2)).save(
+        f, save_all=True, append_images=[Image.new('RGB', (2, 2), 'red')]))}
+
+
+@pytest.mark.parametrize('mode', KINDS)
 def test_modes_that_are_neither_grey_nor_colour(tmp_path, mode):
-    name = '0.jpg' if mode == 'CMYK' else '0.png'
-    for file in (name, name.replace('0', '1')): Image.new(mode, (8, 8)).save(tmp_path / file)
-    with refused(rf"{name}' has mode '{mode}'; images must have one of 'L', 'RGB'.*convert"):
-        ImageFolder(tmp_path).train()
-    write(tmp_path / 'more', name)
-    shutil.copy(tmp_path / name, tmp_path / 'more' / name.replace('0', '1'))
-    with refused(f"mode 'RGB', 8×6, and .* has mode '{mode}', 8×8.*one mode"):
-        ImageFolder(tmp_path / 'more', size=4).train()
-
-
-def test_sixteen_bits_a_channel_are_not_cut_to_eight(tmp_path):
-    "PIL would open it as RGB and drop the lower bytes without a word."
-    def chunk(kind, data):
-        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-    pixels = zlib.compress((b'\0' + bytes(range(12))) * 2)
-    head = chunk(b'IHDR', struct.pack('>IIBBBBB', 2, 2, 16, 2, 0, 0, 0))
-    png = b'\x89PNG\r\n\x1a\n' + head + chunk(b'IDAT', pixels) + chunk(b'IEND', b'')
-    for name in ('1.png', '2.png'): (tmp_path / name).write_bytes(png)
-    assert Image.open(tmp_path / '1.png').mode == 'RGB'
-    with refused("has mode 'RGB;16'"): ImageFolder(tmp_path).train()
+    "are refused with advice that keeps their values"
+    endings, make = KINDS[mode]
+    for ending in endings.split():
+        folder = write(tmp_path / ending, f'c.{ending}', (2, 2))
+        make(folder / f'd.{ending}')
+        with refused(rf"d.{ending}' has mode '{mode}' \(1 of 2 images\)"): ImageFolder(folder, size=4).train()
+        files = [folder / f'{name}.{ending}' for name in 'ab']
+        for file in files: make(file)
+        with refused(rf"a.{ending}' has mode '{mode}'; images must have one of 'L'") as e: decode(files)
+        if 'frames' in mode: continue
+        advice = re.search(r'Image\.[^,]*\(.*\)|image\.convert.*\)', str(e.value))
+        for file in files:
+            with Image.open(file) as image:
+                eval(advice[0] if advice else 'image', dict(globals(), image=image, white=65535)).save(file)
+        values = decode(files)[0][1, 0].flatten().tolist()
+        if mode[0] in 'IF' or ';16' in mode: assert values == [0, 39, 78, 117]
+        if mode == '1': assert values == [255] * 4
 
 
 @pytest.mark.parametrize('ending', ['png', 'jpg', 'bmp', 'tif', 'webp'])
 def test_damaged_files_are_named_and_counted(tmp_path, ending):
-    write(tmp_path, ' '.join(f'{i}.{ending}' for i in range(6)), size=(32, 32))
+    write(tmp_path, ' '.join(f'{i}.{ending}' for i in range(6)), (32, 32))
     for i in (2, 4):
         whole = (tmp_path / f'{i}.{ending}').read_bytes()
         (tmp_path / f'{i}.{ending}').write_bytes(whole[:len(whole) * 2 // 3])
-    with refused(rf"2 of 6 images cannot be read, such as '.*2\.{ending}'.*Replace or delete"):
+    (tmp_path / f'5.{ending}').write_bytes(b''), (tmp_path / '6.jpg').write_text('<html>')
+    with refused(rf"4 of 7 images cannot be read, such as '.*2\.{ending}'.*Replace or delete"):
         ImageFolder(tmp_path).train()
+    for file in tmp_path.iterdir(): file.write_bytes(b'\0')
+    with refused('7 of 7 images cannot be read'): ImageFolder(tmp_path).train()
 
 
-def test_files_that_are_no_images_at_all(tmp_path):
-    write(tmp_path, '3.png 4.png')
-    (tmp_path / '1.png').write_bytes(b''), (tmp_path / '2.jpg').write_text('<html>')
-    with refused(r"2 of 4 images cannot be read, such as '.*1\.png' \(UnidentifiedImageError"):
+@pytest.mark.parametrize('ending', ['png', 'jpg', 'tif', 'webp'])
+def test_photos_are_turned_as_viewers_show_them(tmp_path, ending):
+    base, exif = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8) * 5), Image.Exif()
+    plain, turned, read = tmp_path / 'plain', tmp_path / 'turned', lambda f: decode([f])[0][0, 0]
+    for folder in (plain, turned): folder.mkdir()
+    options = dict(png={}, tif={}, jpg=dict(quality=100), webp=dict(lossless=True))[ending]
+    for i in range(1, 10):   # 9 is none
+        exif[0x0112] = i
+        image = base if ending != 'webp' else base.convert('RGB')
+        image.save(plain / f'{i}.{ending}', **options)
+        image.save(turned / f'{i}.{ending}', exif=exif, **options)
+    x = read(plain / f'1.{ending}')
+    shown = [x, x.flip(1), x.rot90(2), x.flip(0), x.T, x.rot90(-1), x.rot90(2).T, x.rot90(1), x]
+    for i, y in enumerate(shown, 1): assert read(turned / f'{i}.{ending}').equal(y), i
+    with refused(r"8×6, and .* 6×8 \(4 of 9"): ImageFolder(turned).train()
+    a, b = ImageFolder(plain, size=4), ImageFolder(turned, size=4)
+    assert a.digest != b.digest and ImageFolder(plain).shape[1:] == (6, 8)
+
+
+def test_damaged_exif_says_nothing(tmp_path):
+    Image.new('L', (8, 6)).save(tmp_path / 'a.jpg', exif=b'Exif\0\0MM\0*\0\0\xff\xff')
+    assert decode([tmp_path / 'a.jpg'])[0].shape == (1, 1, 6, 8)
+
+
+def test_links_are_followed_and_broken_ones_told(tmp_path):
+    write(tmp_path, 'set/a/1.png set/b/1.png more/2.png more/deep/3.png cats/4.png')
+    (tmp_path / 'set/a/more').symlink_to(tmp_path / 'more')
+    (tmp_path / 'set/c').symlink_to(tmp_path / 'cats')
+    (tmp_path / 'set/b/5.png').symlink_to(tmp_path / 'cats/4.png')
+    found = ImageFolder(tmp_path / 'set').files['all']
+    assert [f.name for f in found[0]] == ['1.png', '2.png', '3.png', '1.png', '5.png', '4.png']
+    assert found[1] == [*'aaabbc']
+    link = tmp_path / 'set/a/circle'
+    for target in (tmp_path / 'set', tmp_path, tmp_path / 'set/a'):
+        link.symlink_to(target)
+        with refused('circle.* leads to a folder that it lies in'): ImageFolder(tmp_path / 'set')
+        link.unlink()
+    for name in ('set/a/gone.png', 'set/gone', 'cats/gone.jpg', 'more/deep/gone'):
+        (tmp_path / name).symlink_to(tmp_path / 'nowhere')
+        with refused("names in .* lead to no file, such as 'gone"): ImageFolder(tmp_path / 'set')
+        (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / 'set/a/pipe.png')
+    with refused("such as 'pipe.png'"): ImageFolder(tmp_path / 'set')
+
+
+@pytest.mark.parametrize('train, test', [('Train', 'TEST'), ('train', 'Test'), ('TRAIN', 'test')])
+def test_splits_are_known_in_any_case(tmp_path, train, test):
+    write(tmp_path, f'{train}/x/1.png {train}/y/1.png {test}/x/2.png {test}/y/2.png')
+    f = ImageFolder(tmp_path)
+    assert (f.n_train, f.n_test, f.class_names) == (2, 2, ['x', 'y'])
+    write(tmp_path, 'val/x/3.png cover.png')
+    with pytest.warns(UserWarning, match='2 images .* lie beside.*cover.png'): ImageFolder(tmp_path)
+    write(tmp_path, f'{train.swapcase()}/x/1.png')
+    with refused("one folder 'train' and one 'test'"): ImageFolder(tmp_path)
+
+
+def test_what_looks_like_a_split_or_an_image(tmp_path):
+    for folders in ('Train', 'training testing', 'Train val', 'TEST'):
+        write(tmp_path / folders, ' '.join(f'{name}/{i}.png' for name in folders.split() for i in (1, 2)))
+        with refused("must have one folder 'train' and one 'test'"): ImageFolder(tmp_path / folders)
+    classes = ImageFolder(write(tmp_path / 'vehicles', 'Car/1.png Train/1.png'))
+    assert classes.class_names == ['Car', 'Train']
+    Image.new('L', (8, 8)).save(tmp_path / 'vehicles/Car/2.gif')
+    with pytest.warns(UserWarning, match="1 images in .* format that is not read, such as '2.gif'"):
+        assert ImageFolder(tmp_path / 'vehicles').n_train == 1
+
+
+# --- hostile files
+
+def test_only_the_formats_that_are_promised_are_opened(tmp_path, monkeypatch):
+    "and nowhere in this repository without naming them"
+    from PIL import EpsImagePlugin
+    monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', lambda *a, **k: pytest.fail('started a program'))
+    Image.new('RGB', (8, 8)).save(tmp_path / 'a.eps')
+    (tmp_path / 'a.eps').rename(tmp_path / 'a.png')
+    Image.new('RGB', (8, 8)).save(tmp_path / 'b.ppm')
+    (tmp_path / 'b.ppm').rename(tmp_path / 'b.png')
+    psd = b'8BPS\0\1' + bytes(6) + struct.pack('>HIIHH', 3, 8, 8, 8, 3) + bytes(400)
+    (tmp_path / 'c.png').write_bytes(psd)
+    with refused(r'3 of 3 images cannot be read.*none of BMP, JPEG, PNG, TIFF, WEBP'):
         ImageFolder(tmp_path).train()
-    for name in ('3.png', '4.png'): (tmp_path / name).write_bytes(b'\0')
-    with refused('4 of 4 images cannot be read'): ImageFolder(tmp_path).train()
+    for path in files():
+        if path.suffix not in ('.py', '.ipynb') or path.parent == ROOT / 'tests': continue
+        for call in re.findall(r'Image\.open\(.*', path.read_text()): assert 'formats=' in call, (path, call)
+
+
+def test_pixels_are_counted_before_they_are_decoded(tmp_path, monkeypatch):
+    header = png(b'', 13_000, 13_000, 8, 2)
+    for i in range(400): (tmp_path / f'{i:03}.png').write_bytes(header)
+    monkeypatch.setattr(torch, 'empty', lambda shape, **k: torch.zeros(shape, **k) if not np.prod(shape) else
+                        pytest.fail('allocated'))
+    for size in (None, 8):
+        with refused("400 of 400 .*13000×13000 pixels; at most 67,108"): ImageFolder(tmp_path, size).train()
+    monkeypatch.setattr(data, 'MOST_BYTES', 100_000)
+    many = write(tmp_path / 'many', ' '.join(f'{i}.png' for i in range(10)), (100, 100))
+    with refused("10 images of 100×100 pixels take 0.0 GB"): ImageFolder(many).train()
+    monkeypatch.undo()
+    assert ImageFolder(many, size=4).n_train == 8
+
+
+@pytest.mark.parametrize('ending', ['png', 'jpg', 'bmp', 'tif', 'webp'])
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_flipped_bytes_are_an_error_or_an_image(ending, data):
+    with tempfile.TemporaryDirectory() as place:
+        file = write(place, f'a.{ending}', (16, 16)) / f'a.{ending}'
+        content = bytearray(file.read_bytes())
+        for _ in range(data.draw(st.integers(1, 4))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        file.write_bytes(content)
+        try: assert decode([file])[0].dtype == u8
+        except ValueError as e: assert len(str(e)) <= 300
 
 
 @contextlib.contextmanager
@@ -324,52 +423,27 @@ def unprivileged():
 
 def test_files_that_may_not_be_read():
     with tempfile.TemporaryDirectory() as place:   # pytest's folders are closed to others
-        folder = write(Path(place), '1.png 2.png')
+        folder = write(place, '1.png 2.png')
         folder.chmod(0o755), (folder / '1.png').chmod(0o644), (folder / '2.png').chmod(0)
         with unprivileged(), refused(r"1 of 2 images.*2\.png' \(PermissionError"): ImageFolder(folder).train()
-        folder.chmod(0o311)
+        write(folder, 'deep/cat/dog/3.png'), (folder / 'deep/cat/dog').chmod(0)   # is not passed over
+        with unprivileged(), refused('dog', PermissionError): ImageFolder(folder / 'deep')
+        (folder / 'deep/cat/dog').chmod(0o755), folder.chmod(0o311)
         with unprivileged(), refused(folder.name, PermissionError): ImageFolder(folder)
         folder.chmod(0o755)
 
 
 @pytest.mark.parametrize('files, message', [
     ('1.png cat/1.png', r"images \(such as '1\.png'\) beside folders \(such as 'cat'\)"),
-    ('train/1.png', "folder 'train' but no 'test'"),
+    ('train/1.png', "one folder 'train' and one 'test', or class folders, not 'train'"),
     ('train/cat/1.png test/dog/1.png', r"train has \['cat'\], test has \['dog'\]"),
     ('train/cat/1.png test/1.png', r"train has \['cat'\], test has None"),
     ('1.png', 'one image'), ('', 'no images in .*endings'),
     ('cat/1.png dog/', "1 of 2 class folders .*: 'dog'")])
 def test_folders_of_a_wrong_form(tmp_path, files, message):
-    for name in files.split():
-        if name.endswith('/'): (tmp_path / name).mkdir()
-        else: write(tmp_path, name)
+    for name in files.split(): write(tmp_path, name) if name[-1] != '/' else (tmp_path / name).mkdir()
     with refused(message): ImageFolder(tmp_path)
-
-
-def test_folders_that_are_none(tmp_path):
-    with refused('there is no folder', FileNotFoundError): ImageFolder(tmp_path / 'nothing')
-    with refused('is a file', NotADirectoryError): ImageFolder(write(tmp_path, '1.png') / '1.png')
-    with refused('needs a path'): by_name('folder')
-
-
-def test_threads_change_nothing(tmp_path):
-    files = sorted(write(tmp_path, ' '.join(f'{i:02}.png' for i in range(40))).iterdir())
-    assert decode(files, threads=1)[0].equal(decode(files, threads=7)[0])
-
-
-# --- pictures
-
-def test_grid_puts_each_image_in_its_place():
-    images = torch.arange(5, dtype=u8)[:, None, None, None].expand(5, 3, 2, 3)
-    grid = image_grid(images, 2, levels=5)
-    assert grid.shape == (8, 7, 3) and grid.dtype == np.uint8
-    assert (grid[:2, :3] == 0).all() and (grid[:2, 4:] == 64).all() and (grid[6:, :3] == 255).all()
-    assert (grid[2] == 255).all() and (grid[:, 3] == 255).all() and (grid[6:, 4:] == 255).all()   # no image
-    assert image_grid(images[:, :1], 5, 5, gap=0).shape == (2, 15)
-
-
-def test_wrong_input_of_the_grid():
-    for shape in ((2, 2, 4, 4), (4, 4), (0, 1, 4, 4)):
-        with refused(r'shape \(n, 1 or 3, H, W\)'): image_grid(torch.zeros(shape, dtype=u8), 2)
-    with refused('columns must be'): image_grid(torch.zeros(2, 1, 4, 4, dtype=u8), 0)
-    with refused('uint8', TypeError): image_grid(torch.zeros(2, 1, 4, 4), 2)
+    for bad, said in (('/none', 'there is no folder'), ('', 'must name'), ('a\0', 'must name'), (3, 'text')):
+        with refused(said): ImageFolder(bad)
+    if files == '1.png':
+        with refused('is a file', NotADirectoryError): ImageFolder(tmp_path / files)
