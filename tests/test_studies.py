@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -124,16 +125,25 @@ def test_every_flipped_bit_of_a_record_is_noticed_or_harmless(place_for_all):
         file.write_bytes(content)
 
 
-@pytest.mark.parametrize("change, arrays, says", [
-    ({}, {"a": np.zeros(100)}, r"a.npy has shape \(100,\) of float64 for 4 runs"),
-    ({}, {"a": np.zeros((4, 1000))}, "would take more than 30,000 bytes"),
-    ({"study": "other"}, {}, "it is of study 'other'"), ({"more": 1}, {}, "it must hold study, scale")])
+def lying():
+    "An .npz whose array says that it is of 32 GB, and is not."
+    with io.BytesIO() as file:
+        with zipfile.ZipFile(file, "w") as members, members.open("a.npy", "w") as f:
+            np.lib.format.write_array_header_1_0(f, dict(shape=(4, 10**9), fortran_order=False, descr="<f8"))
+        return file.getvalue()
+
+
+@pytest.mark.parametrize("change, packed, says", [
+    ({}, npz_bytes({"a": np.zeros(100)}), r"a.npy has shape \(100,\) of float64 for 4 runs"),
+    ({}, npz_bytes({"a": np.zeros((4, 1000))}), "would take more than 30,000 bytes"),
+    ({}, lying(), r"a.npy has shape \(4, 1000000000\)"), ({"study": "o"}, npz_bytes({}), "it is of study 'o'"),
+    ({"more": 1}, npz_bytes({}), "it must hold study, scale")], ids=range(5))
 def test_a_record_is_compared_with_what_it_says_before_anything_is_allocated(
-        record, monkeypatch, change, arrays, says):
+        record, monkeypatch, change, packed, says):
     "though all digests are right; and an old one that has none is loaded, but says so"
     monkeypatch.setattr(studies, "_MOST", 30_000)
     path = Record(record.settings, record.rows, {}).save("study", "smoke")
-    path.with_suffix(".npz").write_bytes(packed := npz_bytes(arrays))
+    path.with_suffix(".npz").write_bytes(packed)
     content = json.loads(path.read_text()) | change | {"arrays": hashlib.sha256(packed).hexdigest()}
     path.write_text(json.dumps(content | {"digest": studies._content_digest(content)}))
     with pytest.raises(ValueError, match=says): load_record("study", "smoke")
