@@ -193,8 +193,9 @@ def _chunks(images, batch_size):
     return images.tensor_split(-(-len(images) // number('batch_size', batch_size, low=1, integer=True)))
 
 def _next_seed(generator):
-    "A seed of its own for the next part."
-    return torch.randint(2**62, (), generator=generator, device=generator.device).item()
+    "A stream of its own for the next part."
+    seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
+    return torch.Generator(generator.device).manual_seed(seed)
 
 # %% ../nbs/library/85_likelihood.ipynb #1fe83b8f
 def image_bound(denoiser,              # denoiser(z, level) -> (x̂, ε̂)

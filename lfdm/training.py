@@ -17,7 +17,14 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from .checkpoints import read_checkpoint, require_match, restore, training_options, write_checkpoint
+from lfdm.checkpoints import (
+    read_checkpoint,
+    require_match,
+    require_network,
+    restore,
+    training_options,
+    write_checkpoint,
+)
 from .core import number, seeded, unknown
 from .losses import DiffusionLoss, draw, predict
 from .networks import StackedMLP
@@ -76,6 +83,7 @@ class TrainState:
                  warmup: int = 0,     # steps over which the learning rate rises
                  schedules=(),        # the losses' schedules, one per network, if they learn
                 ):                    # raises TypeError, ValueError
+        require_network(net)
         device = next(net.parameters()).device
         seeds = seed if isinstance(seed, list) else [seed]
         self.net, self.epoch, self.steps, self.history = net, 0, 0, []
@@ -114,17 +122,19 @@ class TrainState:
         for kept, buffer in zip(self.average.buffers(), self.net.buffers()): kept.copy_(buffer)
 
     def save(self,
-             path,  # the checkpoint's file
+             path,             # the checkpoint's file
+             run: str = None,  # the name of the run it belongs to
             ):
         "Write the checkpoint: whole, or not at all. Raises OSError, and then the former file stays."
-        write_checkpoint(path, self)
+        write_checkpoint(path, self, run)
 
     def load(self,
-             path,  # the checkpoint's file
+             path,             # the checkpoint's file
+             run: str = None,  # the name of the run that goes on
             ):
         "Go back to a checkpoint. Raises ValueError if it does not fit; the state is then unchanged."
         record = read_checkpoint(path)
-        require_match(record, self)
+        require_match(record, self, run)
         restore(self, record)
 
 # %% ../nbs/library/70_training.ipynb #a16b66e6

@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from fastcore.docments import docments
 from packaging.requirements import Requirement
 
@@ -261,6 +262,18 @@ def test_constraints_pin_every_requirement():
     for need in map(Requirement, (SETTINGS["requirements"] + " " + SETTINGS["dev_requirements"]).split()):
         pinned = need.name in pins and need.specifier.contains(pins[need.name])
         assert pinned, f"{need} is not pinned: run `make lock`"
+
+
+def test_workflows_are_pinned_and_may_only_read():
+    "By full commit, with the version beside it. Only the job that publishes may do more; it runs no code."
+    for path in (ROOT / ".github/workflows").iterdir():
+        text = path.read_text()
+        for line in re.findall(r"uses:.*", text):
+            assert re.fullmatch(r"uses: [\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line), f"{path.name}: {line}"
+        workflow = yaml.safe_load(text)
+        assert workflow["permissions"] == {"contents": "read"}, path.name
+        for job in workflow["jobs"].values():
+            assert "permissions" not in job or not any("run" in step for step in job["steps"]), path.name
 
 
 def test_make_lists_its_targets():

@@ -1,5 +1,6 @@
 "Records of many runs: small, whole or not there, and drawn from without the runs."
 import errno
+import hashlib
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from lfdm import studies
 from lfdm.data import DATASETS
 from lfdm.folders import runs_root
 from lfdm.grids import grid, make_grid
@@ -26,6 +28,7 @@ from lfdm.studies import (
     measured,
     npz_bytes,
     outside,
+    sample_quality,
     table,
 )
 from tiny import SERVER
@@ -92,9 +95,63 @@ def test_a_missing_or_damaged_record_names_the_command(record, which):
         path.write_bytes(damage)
         with pytest.raises(ValueError, match="is damaged.*Make it: make figures scale=smoke"):
             load_record("study", "smoke")
+    with pytest.raises(FileNotFoundError, match=r"'sudy' .* Did you mean 'study'\? Make it"):
+        load_record("sudy", "smoke")
     path.unlink()
     with pytest.raises(FileNotFoundError, match=f"study-smoke{which} is missing. Make it: papermill x"):
         load_record("study", "smoke", "papermill x")
+
+
+def test_every_flipped_bit_of_a_record_is_noticed_or_harmless(place_for_all):
+    whole = load_record("triples")
+    path = whole.save("triples", "smoke")
+    rng = np.random.default_rng(0)
+    for file in (path, path.with_suffix(".npz")):
+        content = file.read_bytes()
+        for place, bit in zip(rng.integers(len(content), size=100), rng.integers(8, size=100)):
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << bit
+            file.write_bytes(flipped)
+            try: again = load_record("triples", "smoke")
+            except ValueError: continue
+            assert again.rows == whole.rows and again.settings == whole.settings, "a flip was not noticed"
+            assert same(again.arrays, whole.arrays)
+        file.write_bytes(content)
+
+
+def edited(path, change, **arrays):
+    "A record with its digests made anew: it is refused for what it says."
+    content = json.loads(path.read_text())
+    if arrays:
+        path.with_suffix(".npz").write_bytes(npz_bytes(arrays))
+        content["arrays"] = hashlib.sha256(path.with_suffix(".npz").read_bytes()).hexdigest()
+    change(content)
+    content["digest"] = studies._content_digest(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_record_is_compared_with_what_it_says_before_anything_is_allocated(record, monkeypatch):
+    path = record.save("study", "smoke")
+    edited(path, lambda content: None, a=np.zeros(100))
+    def refused(says):
+        with pytest.raises(ValueError, match=says): load_record("study", "smoke")
+    refused(r"a.npy has shape \(100,\) of float64 for 4 runs")
+    edited(path, lambda content: None, a=np.zeros((4, 1000)))
+    monkeypatch.setattr(studies, "_MOST", 30_000)
+    refused("would take more than 30,000 bytes")
+    edited(path, lambda content: content.update(study="other"))
+    refused("it is of study 'other'")
+    edited(path, lambda content: content.pop("runs"))
+    refused("it must hold study, scale")
+
+
+def test_a_record_without_a_digest_says_so(record):
+    path = record.save("study", "smoke")
+    content = json.loads(path.read_text())
+    del content["digest"]
+    path.write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match="before records had a digest"):
+        assert load_record("study", "smoke").rows == record.rows
 
 
 def test_a_half_written_record_is_not_taken_for_one(record, monkeypatch):
@@ -153,14 +210,14 @@ def test_arrays_are_made_once_and_come_back_as_they_were(record, runs, tmp_path)
     assert len(list((runs / "study/measured").glob(f"{run.name}-*.npz"))) == 2, "one for each settings"
 
 
-def npy(a):
-    with io.BytesIO() as f: np.save(f, a); return f.getvalue()
+def saved(save, array):
+    with io.BytesIO() as f: save(f, array); return f.getvalue()
 
 
 @pytest.mark.parametrize("damage", [
     lambda b: b"", lambda b: b"nonsense", lambda b: b[:len(b) // 2], lambda b: b[:-1],
-    lambda b: b[:60] + bytes([b[60] ^ 1]) + b[61:], lambda b: npy(np.arange(3)),
-    lambda b: npz_bytes({"a": np.array([{}], dtype=object)})], ids=range(7))
+    lambda b: b[:60] + bytes([b[60] ^ 1]) + b[61:], lambda b: saved(np.save, np.arange(3)),
+    lambda b: saved(np.savez, np.array([{}], dtype=object))], ids=range(7))
 def test_a_damaged_file_is_made_again(tmp_path, damage):
     "cut anywhere, one bit of the data turned, another kind of file, one that would have to be unpickled"
     make, calls = counted({"a": np.arange(100.)})
@@ -172,14 +229,41 @@ def test_a_damaged_file_is_made_again(tmp_path, damage):
     assert len(calls) == 2 and path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
 
 
+def refused(*a, **kw): raise OSError(errno.EROFS, "Read-only file system")
+
+
 @pytest.mark.parametrize("where", [(Path, "write_bytes"), (os, "replace"), (Path, "mkdir")])
-def test_a_full_or_read_only_disk_is_told_and_keeps_what_it_had(tmp_path, monkeypatch, where):
-    def refused(*a, **kw): raise OSError(errno.EROFS, "Read-only file system")
+def test_a_full_or_read_only_disk_is_told_and_loses_nothing(tmp_path, monkeypatch, where):
     path = tmp_path / "a.npz"
     path.write_bytes(b"damaged")
     monkeypatch.setattr(*where, refused)
-    with pytest.raises(OSError, match="Read-only"): cached_arrays(path, lambda: ARRAYS)
+    with pytest.warns(UserWarning, match="not kept, for .*a.npz: .*Read-only"):
+        assert same(cached_arrays(path, lambda: ARRAYS), ARRAYS)
     assert [f.read_bytes() for f in tmp_path.iterdir()] == [b"damaged"], "a draft was left"
+
+
+def test_what_cannot_be_written_or_measured_is_refused_before_any_work(place_for_all, monkeypatch):
+    asked = grid(target="x", **SMALL)
+    for name, value, says in (
+            ("epochs", [3], "epochs must be from 0 to 2"), ("logsnr", [20.], "logsnr must be"),
+            ("steps", [4], "steps must hold another"), ("step", [2], "Did you mean 'steps'"),
+            ("times", [], "times of the settings"), ("points", "a", "points must be a whole")):
+        with pytest.raises((ValueError, TypeError), match=says):
+            make_record("new", asked, MEASURED | {name: value}, "smoke")
+    monkeypatch.setattr(studies.tempfile, "TemporaryFile", refused)
+    with pytest.raises(OSError, match="no record can be written in .*Read-only"):
+        make_record("new", asked, MEASURED, "smoke")
+    assert not (place_for_all / "new-smoke").exists()
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "..", "", "two\nlines", "x" * 300])
+def test_no_name_leads_out_of_its_folder(place_for_all, name):
+    record = Record({}, [dict(a=1)], {})
+    for call in (lambda: record.save(name, "smoke"), lambda: load_record(name, "smoke"),
+                 lambda: all_cached(name, "smoke", [{}], dict),
+                 lambda: make_record(name, grid(target="x", **SMALL), MEASURED, "smoke")):
+        with pytest.raises(ValueError, match="must be a plain folder name"): call()
+    assert not list(place_for_all.iterdir())
 
 
 def values(results): return [r["value"].item() for r in results]
@@ -229,6 +313,15 @@ def test_the_share_outside_is_that_of_the_data_for_the_data(name):
     spread = (q * (1 - q) * (1 / 1000 + 1 / 50_000))**0.5
     assert abs(outside(dataset.sample(1000, seed=11), dataset, q) - q) < 5 * spread
     assert outside(torch.full((10, 2), 50.), dataset, q) == 1
+    with pytest.raises(ValueError, match="1 of 2 points are not"): outside([[0., 0.], [0., np.nan]], dataset)
+
+
+def test_only_divergence_is_taken_for_divergence():
+    ring, levels = DATASETS["ring"](), ("cosine", -9.6, 12.9)
+    def judged(denoiser): return sample_quality(denoiser, ring, "euler", 3, levels, 50, real=50)
+    assert (judged(lambda z, level: (z * np.nan, z)) == np.inf).all()
+    layer = torch.nn.Linear(3, 3)
+    with pytest.raises(RuntimeError, match="shapes"): judged(lambda z, level: (layer(z), z))
 
 
 def test_a_table_of_means_over_seeds():
