@@ -48,7 +48,7 @@ def _answer(net, z, u):
     try: return net(z, u)
     except RuntimeError as e:
         if not re.search('dtype|scalar type|[Ii]nput type', str(e)): raise
-        raise TypeError(f'the network does not take x of {z.dtype}: {str(e).splitlines()[0]:.150} '
+        raise TypeError(f'the network does not take x of {z.dtype} ({str(e).splitlines()[0]:.150}). '
                         'Convert the data or the network, e.g. x.float() or net.double().') from e
 
 # %% ../nbs/library/40_losses.ipynb #aaa70c95
