@@ -225,13 +225,15 @@ def _require_grid_fits(points, sizes):
 def checked_logsnr(logsnr,           # λ, numbers or a floating-point tensor
                   ) -> torch.Tensor: # raises TypeError or ValueError
     "Log-SNRs; numbers become float64."
-    if not torch.is_tensor(logsnr) or not logsnr.is_floating_point():
-        try: logsnr = torch.as_tensor(None if isinstance(logsnr, bool) else logsnr, dtype=torch.float64)
-        except (TypeError, ValueError, RuntimeError):
-            raise TypeError(f"logsnr must be numbers, not {shown(logsnr)}.") from None
-    if logsnr.is_meta or logsnr.isnan().any():
+    v = logsnr
+    try: v = v if torch.is_tensor(v) else torch.as_tensor(None if isinstance(v, bool) else v)
+    except (TypeError, ValueError, RuntimeError): pass
+    if not torch.is_tensor(v) or v.is_complex() or v.dtype == torch.bool:
+        raise TypeError(f"logsnr must be numbers, not {shown(logsnr)}.")
+    if v.is_meta or v.isnan().any():
         raise ValueError(f"logsnr must be numbers, none of them nan, not {shown(logsnr)}.")
-    return logsnr
+    if torch.is_tensor(logsnr) and v.is_floating_point(): return logsnr
+    return torch.as_tensor(logsnr, dtype=torch.float64)
 
 def rowwise(method,   # method(self, z, alpha, sigma) -> one row for each row of z
            ):         # the same method, which checks its input and returns z's dtype
@@ -270,8 +272,13 @@ class GaussianMixture(Dataset):
 
     def __repr__(self): return f"{type(self).__name__}({len(self.weights)} components, {self.dim} dimensions)"
 
-    def draw(self, n, generator):
+    @typed
+    def draw(self,
+             n: int,                     # how many points
+             generator: torch.Generator, # the only source of randomness
+            ) -> torch.Tensor:           # shape (n, D), float64
         "A component by its weight, then a point of it."
+        n = number('n', n, low=0, integer=True)
         u = torch.rand(n, generator=generator, dtype=torch.float64)
         k = torch.searchsorted(self.weights.cumsum(0), u, right=True).clamp(max=len(self.weights) - 1)
         eps = torch.randn(n, self.dim, generator=generator, dtype=torch.float64)

@@ -189,7 +189,7 @@ def discrete_reconstruction(images: torch.Tensor,  # b: uint8, shape (n, C, H, W
                             draws: int = 1,        # of it, for each image
                            ) -> torch.Tensor:      # (n,), in nats; raises TypeError or ValueError
     "E[-log p(b given z₀)] of the decoder that chooses among L levels; Variational Diffusion Models."
-    require_images('images', images, levels)
+    _require_images(images, levels)
     draws = number('draws', draws, low=1, integer=True)
     return _discrete_reconstruction(images, levels, level, seeded(seed, images.device), draws)
 
@@ -243,9 +243,14 @@ def _next_stream(generator):
     seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
     return torch.Generator(generator.device).manual_seed(seed)
 
+def _require_images(images, levels):
+    "Check that these are images of so many levels, with values. Raises TypeError or ValueError."
+    if images.is_meta: raise ValueError(f'images must have values, not {shown(images)}.')
+    require_images('images', images, levels)
+
 def _checked_images(images, levels, batch_size, dtype):
     "(parts of nearly equal size, at least float32): the images at once, and the type of what is computed."
-    require_images('images', images, levels)
+    _require_images(images, levels)
     return _chunks(images, batch_size), torch.promote_types(checked_dtype(dtype), torch.float32)
 
 # %% ../nbs/library/85_likelihood.ipynb #1fe83b8f

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'Denoiser', 'Step', 'network_denoiser', 'exact_denoiser', 'Counted', 'checked_within', 'require_denoise',
-           'checked_guess', 'require_noise', 'ancestral_step', 'ddim_step', 'velocity', 'at_angle', 'checked_angle',
-           'euler_step', 'heun_step', 'solve', 'checked_state', 'adaptive_step', 'edm_step', 'require_churn',
-           'dpmpp_2m_step', 'euler_maruyama_step', 'langevin_step', 'require_step_size', 'annealed_langevin_step',
-           'predictor_corrector_step']
+           'require_level', 'checked_guess', 'require_noise', 'ancestral_step', 'ddim_step', 'velocity', 'at_angle',
+           'checked_angle', 'euler_step', 'heun_step', 'solve', 'require_state', 'adaptive_step', 'edm_step',
+           'require_churn', 'dpmpp_2m_step', 'euler_maruyama_step', 'langevin_step', 'require_step_size',
+           'annealed_langevin_step', 'predictor_corrector_step']
 
 # %% ../nbs/library/75_steps.ipynb #b4ee3fcd
 import math
@@ -63,6 +63,7 @@ def exact_denoiser(dataset,  # a data set with an exact `denoise`
     "The exact posterior mean of data and noise."
     require_denoise(dataset)
     def denoiser(z, level):
+        require_level(level, z)
         alpha, sigma = expand(level.alpha, z), expand(level.sigma, z)
         x_hat = dataset.denoise(z, level.alpha, level.sigma)
         return x_hat, (z - alpha * x_hat) / sigma
@@ -78,7 +79,8 @@ class Counted:
         self.denoiser, self.evaluations = denoiser, 0
         self.within = getattr(denoiser, 'within', None)
 
-    def __call__(self, z, level):
+    @typed
+    def __call__(self, z: Numeric, level: Level):
         self.evaluations += 1
         return self.denoiser(z, level)
 
@@ -96,6 +98,14 @@ def require_denoise(dataset): # raises TypeError
     "Check that a data set knows its best denoiser."
     if callable(getattr(dataset, 'denoise', None)) and not isinstance(dataset, type): return
     raise TypeError(f'dataset must have an exact denoise(z, alpha, sigma), not {shown(dataset)}.')
+
+def require_level(level: Level,  # of z
+                  z: Tensor,     # noisy data, shape (n, ...)
+                 ):              # raises ValueError
+    "Check that a noise level is one for all examples, or one for each."
+    for q in level[1:]:
+        if not torch.is_tensor(q) or not torch.is_tensor(z) or q.ndim == 0 or len(q) in (1, len(z)): continue
+        raise ValueError(f'level must be one for all of z or for each of {len(z)} examples, not {shown(q)}.')
 
 def checked_guess(found,         # what a denoiser returned for z
                   z: Tensor,     # noisy data
@@ -188,7 +198,8 @@ def solve(f: Callable,    # f(φ, state) -> its derivative over φ
     from torchdiffeq import odeint
     rtol, atol = number('rtol', rtol, low=0, above=True), number('atol', atol, low=0, above=True)
     max_steps = number('max_steps', max_steps, low=1, integer=True)
-    state = checked_state(state)
+    require_state('state', state)
+    if torch.is_tensor(state) and not state.numel(): return state
     times = _wide(start, end, state if torch.is_tensor(state) else state[0])
     if times[0] == times[1]: return state
 
@@ -215,16 +226,12 @@ def _wide(start, end, like):
             raise ValueError(f'{name} must be one finite angle, not {shown(phi)}.')
     return torch.stack([torch.as_tensor(phi, dtype=dtype, device=like.device) for phi in (start, end)])
 
-def checked_state(state,  # a tensor of floats, or a tuple of such
-                 ):       # the same; raises TypeError or ValueError
-    "What an ODE is solved for."
-    parts = state if isinstance(state, tuple) else (state,)
-    for q in parts:
+def require_state(name, state):   # raises TypeError or ValueError
+    "Check what an ODE is solved for: a tensor of finite floats, or a tuple of such."
+    for q in state if isinstance(state, tuple) else (state,):
         if not torch.is_tensor(q) or not q.is_floating_point() or q.is_meta:
-            raise TypeError(f'state must be a floating-point tensor, or a tuple of such, not {shown(q)}.')
-        if not q.numel() or not q.isfinite().all():
-            raise ValueError(f'state must be finite and not empty, not {shown(q)}.')
-    return state
+            raise TypeError(f'{name} must be a floating-point tensor, or a tuple of such, not {shown(q)}.')
+        if not q.isfinite().all(): raise ValueError(f'{name} must be finite, not {shown(q)} with nan.')
 
 def _no_convergence(phi, e, rtol, atol, max_steps):
     logsnr = _at_angle(torch.as_tensor(phi, dtype=torch.float64, device='cpu')).logsnr
@@ -239,6 +246,7 @@ def adaptive_step(denoiser: Denoiser, z: torch.Tensor, s: Level, t: Level, noise
                   max_steps: int = 2000, # give up after so many
                  ) -> Tensor:            # z_s; raises RuntimeError if the solver does not converge
     "The probability-flow ODE from t to s, to a tolerance."
+    require_state('z', z)
     def f(phi, z):
         level = Level(*(q.to(z) for q in _at_angle(phi)))
         return _checked_velocity(velocity(denoiser, z, level), level)
