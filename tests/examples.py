@@ -63,6 +63,12 @@ LEFT = {
     "mixture_sum": "the inner sum of GaussianMixture",
 }
 
+# What looks wrong and is right here: (function, argument, kind).
+RIGHT = {
+    ("Record", "settings", "a dict"), ("mean_sd", "form", "no word"), ("ScoreMatchingLoss", "levels", "3"),
+    ("table", "head", "a list of nothing"), ("table", "head", "a list of words"),
+    ("parameters_from", "namespace", "a dict")}   # the message names the parameter in it
+
 # Defaults that would take long: the example instead.
 LONG = {"steps", "points", "draws", "projections", "n", "repeats", "epochs", "batch_size", "real", "T", "k",
         "max_steps", "chunk"}
@@ -362,6 +368,9 @@ def examples(folder):
         image_set=dict(name="digits", path=None),
         content_of=dict(images=digits),
         judge_images=on_digits | dict(images=digits),
+        P2=dict(k=1.0),
+        Sigmoid=dict(k=2.0),
+        floor=dict(points=201),
         ImageParameters=dict(dataset="digits", path=None, ema=None, clip=None),
         image_table=dict(run=images_run),
         ImageTask=dict(parameters=images),

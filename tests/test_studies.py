@@ -133,11 +133,17 @@ def lying():
         return file.getvalue()
 
 
-@pytest.mark.parametrize("change, packed, says", [
-    ({}, npz_bytes({"a": np.zeros(100)}), r"a.npy has shape \(100,\) of float64 for 4 runs"),
-    ({}, npz_bytes({"a": np.zeros((4, 1000))}), "would take more than 30,000 bytes"),
-    ({}, lying(), r"a.npy has shape \(4, 1000000000\)"), ({"study": "o"}, npz_bytes({}), "it is of study 'o'"),
-    ({"more": 1}, npz_bytes({}), "it must hold study, scale")], ids=range(5))
+@pytest.mark.parametrize(
+    "change, packed, says",
+    [
+        ({}, npz_bytes({"a": np.zeros(100)}), r"a.npy has shape \(100,\) of float64 for 4 runs"),
+        ({}, npz_bytes({"a": np.zeros((4, 1000))}), "would take more than 30,000 bytes"),
+        ({}, lying(), r"a.npy has shape \(4, 1000000000\)"),
+        ({"study": "o"}, npz_bytes({}), "it is of study 'o'"),
+        ({"more": 1}, npz_bytes({}), "it must hold study, scale"),
+    ],
+    ids=range(5),
+)
 def test_a_record_is_compared_with_what_it_says_before_anything_is_allocated(
         record, monkeypatch, change, packed, says):
     "though all digests are right; and an old one that has none is loaded, but says so"
