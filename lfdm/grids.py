@@ -148,11 +148,12 @@ def _diverged_at(history, samples):
     return next((r['epoch'] for r in history if 'diverged' in r), history[-1]['epoch'])
 
 # %% ../nbs/library/96_grids.ipynb #b84de6aa
-def side_by_side(tasks: list,       # of joblib's delayed calls
-                 workers: int = 1,  # processes; one is this process itself
-                ):                  # yields their results as they come
+def side_by_side(tasks: list,           # of joblib's delayed calls
+                 workers: int = 1,      # processes; one is this process itself
+                 ordered: bool = False, # in the order of the tasks, or as they come
+                ):                      # yields their results
     "Calls made by several processes, which end with this one."
-    return Parallel(workers, return_as='generator_unordered',
+    return Parallel(workers, return_as='generator' if ordered else 'generator_unordered',
                     initializer=_end_with, initargs=(os.getpid(),))(tasks)
 
 def _end_with(parent):

@@ -141,6 +141,7 @@ def _read_params(path) -> tuple:  # (parameters, environment, digests or None)
     if 'sha256' in record: _require_own_digest(record)
     if version != RESULTS_VERSION:
         raise ValueError(f'it was made by results version {version}, this code has {RESULTS_VERSION}')
+    if not isinstance(record['environment'], dict): raise ValueError('its environment is no dict')
     return kind_of(kind or 'points').from_record(record['parameters']), record['environment'], digests
 
 def _require_own_digest(record):
@@ -387,7 +388,8 @@ def advice_on_memory(task: Task):  # of the run
     except (RuntimeError, MemoryError) as e:
         short = isinstance(e, (torch.OutOfMemoryError, MemoryError)) or 'DefaultCPUAllocator' in str(e)
         if not short: raise
-        raise RuntimeError(f'out of memory on {task.parameters.device!r}: {e}. {task.advice} '
+        said = str(e).partition('\n')[0][:150]
+        raise RuntimeError(f'out of memory on {task.parameters.device!r}: {said}. {task.advice} '
                            'Nothing saved is lost: the checkpoint of the last save stays.') from e
 
 # %% ../nbs/library/95_runs.ipynb #7fbb5ac0

@@ -21,6 +21,7 @@ from lfdm import runs
 from lfdm.data import DATASETS
 from lfdm.parameters import RESULTS_VERSION, Parameters
 from lfdm.runs import CHECKPOINT, FILES, beside, folder_of, load_run, make_run, reseal
+from lfdm.tasks import PointsTask
 from tiny import SERVER, Stopped, Tiny, content, made, part, register, small, stop_at, tree
 from tree import ROOT, edit
 
@@ -235,6 +236,7 @@ LESS = {
     "metrics are numbers": of_lines(lambda text: "1\n2\n3\n4\n"),
     "an empty summary": ("summary.json", lambda f: f.write_text("{}")),
     "no environment": of_record(lambda r: r.pop("environment")),
+    "an entry more": of_record(lambda r: r.update(sha257={})),
     "a wrong type": of_record(lambda r: r["parameters"].update(epochs="3")),
     "another version": of_record(lambda r: r.update(results_version=RESULTS_VERSION - 1)),
     "narrower": ("model.safetensors", lambda f: save_file({k: v[:-1] for k, v in load_file(f).items()}, f)),
@@ -249,7 +251,7 @@ def test_a_record_that_does_not_fit_is_refused(damage, copied):
     "with digests or, where they are renewed or missing, by what it holds"
     file, change = LESS[damage]
     change(copied / file)
-    refused(copied, f"{file}: it changed")
+    refused(copied, f"{file}: (it changed|unknown entry)")
     old(copied)
     refused(copied, "results version 1.*2" if "version" in damage else file)
 
@@ -446,6 +448,18 @@ def test_where_a_run_lies(tmp_path, whole, monkeypatch):
     for begin in (".", "nbs"):
         monkeypatch.chdir(tmp_path / begin)
         assert load_run("runs/train/my favourite run").summary == whole.summary
+
+
+@pytest.mark.parametrize("fault, kind, says", [
+    (RuntimeError("[alloc.cpp] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.\nframe #0"),
+     RuntimeError, "^out of memory on 'cpu': .*9 bytes.. Lower batch_size.*checkpoint"),
+    (MemoryError("Unable to allocate 9 GiB"), RuntimeError, "^out of memory .*9 GiB. Lower batch_size"),
+    (FileNotFoundError("there is no folder of images"), FileNotFoundError, "^there is no folder of images$"),
+    (RuntimeError("shapes"), RuntimeError, "^shapes$")], ids=str)
+def test_what_is_said_of_a_fault_in_training(fault, kind, says, tmp_path, monkeypatch):
+    def fit(*_): raise fault
+    monkeypatch.setattr(PointsTask, "fit", fit)
+    with pytest.raises(kind, match=says): make(tmp_path)
 
 
 def test_nan_in_training_leaves_no_run(tmp_path):
