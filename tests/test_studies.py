@@ -136,7 +136,8 @@ def lying():
 @pytest.mark.parametrize("change, packed, says", [
     ({}, npz_bytes({"a": np.zeros(100)}), r"a.npy has shape \(100,\) of float64 for 4 runs"),
     ({}, npz_bytes({"a": np.zeros((4, 1000))}), "would take more than 30,000 bytes"),
-    ({}, lying(), r"a.npy has shape \(4, 1000000000\)"), ({"study": "o"}, npz_bytes({}), "it is of study 'o'"),
+    ({}, lying(), r"a.npy has shape \(4, 1000000000\)"),
+    ({"study": "other"}, npz_bytes({}), "it is of study 'other'"),
     ({"more": 1}, npz_bytes({}), "it must hold study, scale")], ids=range(5))
 def test_a_record_is_compared_with_what_it_says_before_anything_is_allocated(
         record, monkeypatch, change, packed, says):
