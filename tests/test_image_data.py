@@ -290,10 +290,10 @@ def test_damaged_files_are_named_and_counted(tmp_path, ending):
         whole = (tmp_path / f'{i}.{ending}').read_bytes()
         (tmp_path / f'{i}.{ending}').write_bytes(whole[:len(whole) * 2 // 3])
     (tmp_path / f'5.{ending}').write_bytes(b''), (tmp_path / '6.jpg').write_text('<html>')
-    with refused(rf"4 of 7 images cannot be read, such as '.*2\.{ending}'.*Replace or delete"):
+    with refused(rf"4 of 7 image files cannot be read, such as '.*2\.{ending}'.*Replace or delete"):
         ImageFolder(tmp_path).train()
     for file in tmp_path.iterdir(): file.write_bytes(b'\0')
-    with refused('7 of 7 images cannot be read'): ImageFolder(tmp_path).train()
+    with refused('7 of 7 image files cannot be read'): ImageFolder(tmp_path).train()
 
 
 @pytest.mark.parametrize('ending', ['png', 'jpg', 'tif', 'webp'])
@@ -375,7 +375,7 @@ def test_only_the_formats_that_are_promised_are_opened(tmp_path, monkeypatch):
     (tmp_path / 'b.ppm').rename(tmp_path / 'b.png')
     psd = b'8BPS\0\1' + bytes(6) + struct.pack('>HIIHH', 3, 8, 8, 8, 3) + bytes(400)
     (tmp_path / 'c.png').write_bytes(psd)
-    with refused(r'3 of 3 images cannot be read.*none of BMP, JPEG, PNG, TIFF, WEBP'):
+    with refused(r'3 of 3 image files cannot be read.*none of BMP, JPEG, PNG, TIFF, WEBP'):
         ImageFolder(tmp_path).train()
     for path in files():
         if path.suffix not in ('.py', '.ipynb') or path.parent == ROOT / 'tests': continue
@@ -425,7 +425,7 @@ def test_files_that_may_not_be_read():
     with tempfile.TemporaryDirectory() as place:   # pytest's folders are closed to others
         folder = write(place, '1.png 2.png')
         folder.chmod(0o755), (folder / '1.png').chmod(0o644), (folder / '2.png').chmod(0)
-        with unprivileged(), refused(r"1 of 2 images.*2\.png' \(PermissionError"): ImageFolder(folder).train()
+        with unprivileged(), refused(r"1 of 2 .*2\.png' \(PermissionError"): ImageFolder(folder).train()
         write(folder, 'deep/cat/dog/3.png'), (folder / 'deep/cat/dog').chmod(0)   # is not passed over
         with unprivileged(), refused('dog', PermissionError): ImageFolder(folder / 'deep')
         (folder / 'deep/cat/dog').chmod(0o755), folder.chmod(0o311)

@@ -1,5 +1,6 @@
 "Attempts to break lfdm.runs: killed anywhere, two at once, full and read-only disks, damaged records."
 import contextlib
+import itertools
 import os
 import random
 import re
@@ -84,9 +85,9 @@ def start(root, kill_at=None, started=None, go=None):
 
 
 def test_killed_at_every_step_and_resumed_is_bit_identical(tmp_path, whole):
-    "each start goes one event further than the one before; in between, half of what was written is lost"
+    "each start goes some events further than the one before; in between, half of what was written is lost"
     folder, work, deaths, resumed = at(tmp_path), part(optional(), tmp_path), 0, 0
-    for kill_at in range(80):
+    for kill_at in range(0, 300, 4):
         said = start(tmp_path, kill_at).said()
         if said != "killed": break
         deaths += 1
@@ -97,8 +98,8 @@ def test_killed_at_every_step_and_resumed_is_bit_identical(tmp_path, whole):
         for name, f in written.items():        # as if the write were still in progress
             if name == CHECKPOINT or deaths % 2 == 0: continue
             f.write_bytes(f.read_bytes()[:f.stat().st_size // 2])
-        if deaths in (8, 12) and work.is_dir(): (work / ".tmpXyz123").write_bytes(bytes(100))
-    assert said == f"made {folder.name}" and deaths >= 15 and resumed >= 8
+        if deaths in (6, 10) and work.is_dir(): (work / ".tmpXyz123").write_bytes(bytes(100))
+    assert said == f"made {folder.name}" and deaths >= 12 and resumed >= 6
     assert content(folder) == content(whole.folder)
     assert set(os.listdir(folder.parent)) <= {folder.name, f".{folder.name}.lock"}   # which nobody holds
 
@@ -147,6 +148,17 @@ def test_a_damaged_checkpoint_is_named_and_kept(tmp_path, whole):
         assert tree(tmp_path) == before
     checkpoint.rmdir()
     again(tmp_path, whole, ("train", 0, 3))
+
+
+def test_the_checkpoint_of_another_run_is_refused_and_kept(tmp_path):
+    "of the same network: only its name tells it apart"
+    p, other = (small(ema=.8, clip=.3, warmup=6, lr=lr) for lr in (1e-3, 2e-3))
+    with pytest.raises(Stopped): make_run(other, root=tmp_path, progress=stop_at("train", 2))
+    os.replace(part(other, tmp_path), work := part(p, tmp_path))
+    before = tree(work)
+    says = f"checkpoint .*another run, {other.slug()}.*Move it away"
+    with pytest.raises(ValueError, match=says): make_run(p, root=tmp_path)
+    assert tree(work) == before
 
 
 # ---- finished runs
@@ -367,10 +379,10 @@ def test_what_may_not_be_read(what, open_folder, whole):
 def test_all_is_on_the_disk_before_it_is_published(tmp_path, monkeypatch):
     "a file before it gets its name, the folder before the checkpoint goes, all before the run gets its name"
     done, where, folder, work = {}, "/proc/self/fd/{}".format, at(tmp_path), part(optional(), tmp_path)
-    def noted(name, path_of):
+    def noted(name, path_of, count=itertools.count()):  # noqa: B008
         real = getattr(os, name)
         def call(first, *rest):
-            done[name, path_of(first)] = len(done)
+            done[name, path_of(first)] = next(count)
             return real(first, *rest)
         monkeypatch.setattr(os, name, call)
     for name in ("replace", "unlink"): noted(name, str)

@@ -65,6 +65,7 @@ def require_network(network: str,  # a name in UNETS, with options if any
     except RuntimeError as e:
         raise ValueError(f'network {shown(network)} cannot be built: {str(e)[:150]}.') from None
 
+@typed
 def require_enough_images(images: ImageSet,
                           name: str): # of the set, for the message
     "Raise ValueError if a run on these images could not be judged: distances and standard errors need some."
@@ -76,6 +77,7 @@ def require_enough_images(images: ImageSet,
 # %% ../../nbs/library/93_image_parameters.ipynb #17a6873b
 FOLDERS = ('cifar10', 'folder')   # sets whose files lie in a folder
 
+@typed
 def has_folder(name: str, # of a set, with options if any
               ) -> bool:
     "Do the files of the set lie in a folder that a run may name?"
