@@ -79,6 +79,8 @@ def test_a_record_comes_back_as_it_was_with_rows_and_arrays_of_the_same_runs(rec
         assert row["run"].startswith(f"cluster-{row['target']}")
     assert [r["seed"] for r in record.rows] == [0, 0, 1, 1] and len(record.arrays["samples"]) == 2
     assert record.values("samples", seed=0, target="v").shape == (1, 20, 2)
+    shapes = [record.arrays[name].shape for name in ("samples_few", "field")]
+    assert shapes == [(2, 1, 10, 2), (4, 1, 4, 2)]
 
 
 @pytest.mark.parametrize("ask, says", [
