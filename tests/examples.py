@@ -1,4 +1,6 @@
 """A valid example of each argument of each public function, for the sweep of sweep.py."""
+import itertools
+
 import numpy as np
 import PIL.Image
 import torch
@@ -67,6 +69,8 @@ LEFT = {
 RIGHT = {
     ("Record", "settings", "a dict"), ("mean_sd", "form", "no word"), ("ScoreMatchingLoss", "levels", "3"),
     ("table", "head", "a list of nothing"), ("table", "head", "a list of words"),
+    *itertools.product(["TrainState.save", "TrainState.load", "write_checkpoint", "require_match"], ["run"],
+                       ["a word", "no word"]),   # a run's name
     ("parameters_from", "namespace", "a dict")}   # the message names the parameter in it
 
 # Defaults that would take long: the example instead.
