@@ -55,8 +55,9 @@ class LossHistory:
                ):
         "Average in one batch; a batch with values that are not finite is left out."
         logsnr, value = (q.detach().to(self.edges) for q in (logsnr, value))
-        _require_values(logsnr, value)
+        _require_one_each(logsnr, value)
         if not (logsnr.isfinite() & value.isfinite()).all() or not len(value): return
+        if (value < 0).any(): raise ValueError(f'value must not be negative, but one is {value.min():g}.')
         self.largest = max(self.largest, len(value))
         small = 2 * self.largest < self.bins
         (self._fade_in if small else self._average_in)(self._bin(logsnr), value**self.moment)
@@ -99,12 +100,11 @@ class LossHistory:
         "dλ/dt in bin i."
         return -((self.edges[0] - self.edges[-1]) / self.bins / self.mass)[i]
 
-def _require_values(logsnr, value):
-    "Raise ValueError unless there is one value for each λ, and none is negative."
+def _require_one_each(logsnr, value):
+    "Raise ValueError unless there is one value for each λ."
     if logsnr.ndim != 1 or logsnr.shape != value.shape:
         raise ValueError(f'value must be one number for each logsnr, of shape (n,), but they have the shapes '
                          f'{tuple(value.shape)} and {tuple(logsnr.shape)}.')
-    if (value < 0).any(): raise ValueError(f'value must not be negative, but one is {value.min():g}.')
 
 # %% ../nbs/library/14_adaptive.ipynb #dd057feb
 class AdaptiveSchedule(Schedule):
