@@ -1,7 +1,9 @@
 "Attempts to break lfdm.checkpoints: files that are damaged, of something else, or written on a full disk."
+import itertools
 import json
 import math
 import os
+import random
 
 import pytest
 import torch
@@ -43,10 +45,10 @@ def edited(path, gone="no such", new=None, meta=META):
     save_file(tensors | (new or {}), path, meta)
 
 
-def refused(state, path, match):
+def refused(state, path, match, run=None):
     "The state refuses the file and is what it was."
     before = everything(state)
-    with pytest.raises(ValueError, match=match) as e: state.load(path)
+    with pytest.raises(ValueError, match=match) as e: state.load(path, run)
     assert everything(state) == before and f"checkpoint {path} cannot be used" in str(e.value)
 
 
@@ -282,6 +284,117 @@ def test_where_a_checkpoint_is_written(tmp_path):
     new_state().save(tmp_path / "c")
     new_state(3).load(tmp_path / "c")
     assert os.listdir(tmp_path) == ["c"]
+
+
+# ---- damage that no shape shows
+
+def test_a_flipped_bit_is_noticed_or_harmless(tmp_path):
+    "of 200 flips anywhere in the file each is refused, or what is read is the same"
+    path, whole = tmp_path / "c", trained(new_state(**OPTIONS), 2)
+    whole.save(path, "a run")
+    content, expected, rng, noticed = path.read_bytes(), everything(whole), random.Random(0), 0
+    start = 8 + int.from_bytes(content[:8], "little")
+    for k in range(200):
+        place = rng.randrange(
+            start if k % 3 else 8, len(content) if k % 3 else start
+        )  # a third in the header
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        state = new_state(5, **OPTIONS)
+        try: state.load(path, "a run")
+        except ValueError as e: noticed += "cannot be used" in str(e)
+        else: assert everything(state) == expected, f"byte {place} changed the state unnoticed"
+    assert noticed > 185
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    trained(new_state(), 1).save(tmp_path / "c", "eps-ring")
+    refused(new_state(5), tmp_path / "c", "belongs to another run, eps-ring, not to v-ring", "v-ring")
+    for run in ("eps-ring", None): new_state(5).load(tmp_path / "c", run)
+
+
+# ---- whatever network there is
+
+class Net(torch.nn.Module):
+    "Predicts from z and time with what its kind has."
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.a, self.b = kind, torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)
+        if kind == "tied": self.c = self.a
+        if kind == "views":
+            both = torch.arange(4.)
+            self.register_buffer("first", both[:2]); self.register_buffer("last", both[1:3])
+        if kind == "frozen": self.b.requires_grad_(False)
+        if kind == "hidden": self.register_buffer("seen", torch.zeros(()), persistent=False)
+        if kind == "counts": self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+        if kind == "norm": self.norm = torch.nn.BatchNorm1d(2)
+        self.calls = 0
+
+    def forward(self, z, u):
+        y = self.a(torch.cat([z, u[:, None]], 1))
+        self.calls += 1
+        if self.kind == "late" and self.calls < 5: return y
+        if self.kind in ("hidden", "counts"): self.seen += 1; y = y + .01 * self.seen
+        if self.kind == "norm": y = self.norm(y)
+        if self.kind == "views": y = y + self.first * self.last
+        return y if self.kind == "unused" else self.b(y)
+
+
+def of_kind(kind, seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Net(kind)
+
+
+@pytest.mark.parametrize(
+    "kind", ["plain", "unused", "late", "tied", "views", "frozen", "hidden", "counts", "norm"]
+)
+@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["plain", "all options"])
+def test_any_network_is_trained_saved_and_resumed_exactly(kind, options, tmp_path):
+    whole = trained(TrainState(of_kind(kind), **options), 1, x=X[:100])
+    whole.save(tmp_path / "c")
+    other = TrainState(of_kind(kind, 9), **options)
+    other.net.calls = whole.net.calls   # what it keeps outside of tensors is its own business
+    other.load(tmp_path / "c")
+    assert other.steps == whole.steps
+    assert everything(trained(other, 3, x=X[:100])) == everything(trained(whole, 3, x=X[:100]))
+    if kind == "tied": assert other.net.a.weight is other.net.c.weight
+
+
+def test_plain_and_compiled_checkpoints_are_one(tmp_path):
+    "compiled as a whole or in a part; the compiler itself is not asked"
+    plain, whole, part = (of_kind("tied", seed) for seed in (0, 1, 2))
+    whole = torch.compile(whole, backend="eager")
+    part.b = torch.compile(part.b, backend="eager")
+    states = [TrainState(net, **OPTIONS) for net in (plain, whole, part)]
+    for a, b in itertools.permutations(states, 2):
+        trained(a, a.epoch + 1).save(tmp_path / "c")
+        b.load(tmp_path / "c")
+        for p, q in zip(a.result.parameters(), b.result.parameters(), strict=True): assert torch.equal(p, q)
+        assert b.steps == a.steps
+
+
+class Extra(torch.nn.Linear):
+    def get_extra_state(self): return {"made": "today"}
+    def set_extra_state(self, state): pass
+
+
+@pytest.mark.parametrize(
+    "net, says",
+    [
+        (Extra(2, 2), "extra state: .*_extra_state"),
+        (torch.nn.Linear(2, 2, dtype=torch.cfloat), "complex"),
+        (torch.nn.Identity(), "no parameter"),
+        (torch.nn.Linear(2, 2).requires_grad_(False), "none requires a gradient"),
+        (torch.nn.LazyLinear(2), "lazy"),
+        (None, "net must be"),
+        (lambda z, u: z, "net must be"),
+    ],
+    ids=str,
+)
+def test_a_network_that_no_checkpoint_brings_back_is_refused_at_once(net, says):
+    with pytest.raises((TypeError, ValueError), match=says): TrainState(net)
 
 
 # ---- the options

@@ -3,6 +3,7 @@ import contextlib
 import hashlib
 import os
 import pickle
+import re
 import shutil
 import struct
 import tempfile
@@ -17,6 +18,7 @@ from PIL import Image
 
 import lfdm.images  # noqa: F401  all sets join IMAGES
 from lfdm.core import from_spec
+from lfdm.images import data
 from lfdm.images.data import (
     CIFAR10,
     IMAGES,
@@ -32,6 +34,7 @@ from lfdm.images.data import (
     stratified,
 )
 from photos import write
+from tree import ROOT, files
 
 torch.set_num_threads(1)
 u8 = torch.uint8
@@ -64,7 +67,7 @@ LEVELS = (1, 257, 2.5, True, '8', None, float('nan'))
 WRONG = [   # (what, its arguments, what is said)
     *((f, (x, levels), 'levels must be') for levels in LEVELS
       for f, x in ((dequantize, GOOD), (scaled, GOOD), (quantize, GOOD.float()))),
-    *((f, (x, 256), 'uint8 tensor') for f in (dequantize, scaled) for x in (GOOD.float(), GOOD.long(), None)),
+    *((f, (x, 256), 'uint8 tensor') for f in (dequantize, scaled) for x in (GOOD.float(), GOOD.long())),
     *((f, (GOOD, 16), 'values up to 15, not 16') for f in (dequantize, scaled)),
     (quantize, (torch.tensor([0., float('nan')]), 256), 'not finite'),
     (quantize, (torch.tensor([0., -float('inf')]), 256), 'not finite'),
@@ -233,27 +236,51 @@ def test_lossy_copies_say_so(tmp_path):
     assert [ImageFolder(tmp_path / f).lossy for f in 'abcd'] == [False, True, True, True]
 
 
-@pytest.mark.parametrize('mode', ['P', 'RGBA', 'LA', '1', 'I;16', 'CMYK'])
+def chunk(kind, data):
+    return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+
+def png(pixels, width, height, bits, colours):
+    "A PNG of any kind; no pixels: only its header."
+    head = chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, bits, colours, 0, 0, 0))
+    return b'\x89PNG\r\n\x1a\n' + head + chunk(b'IDAT', zlib.compress(pixels)) + chunk(b'IEND', b'')
+
+
+DEEP = np.array([[0, 10_000], [20_000, 30_000]])
+KINDS = {   # mode that is refused -> (ending, how to write such a file)
+    **{mode: ('png', lambda f, mode=mode: Image.new(mode, (2, 2), 1).save(f)) for mode in ('P', '1')},
+    **{mode: ('png', lambda f, mode=mode: Image.new(mode, (2, 2)).save(f)) for mode in ('RGBA', 'LA')},
+    'CMYK': ('jpg', lambda f: Image.new('CMYK', (2, 2)).save(f)),
+    'I;16': ('png', lambda f: Image.fromarray(DEEP.astype(np.uint16)).save(f)),
+    'I': ('tif', lambda f: Image.fromarray(DEEP.astype(np.int32)).save(f)),
+    'F': ('tif', lambda f: Image.fromarray(DEEP.astype(np.float32)).save(f)),
+    'RGB;16': ('png', lambda f: f.write_bytes(png(b''.join(
+        b'\0' + np.repeat(row, 3).astype('>u2').tobytes() for row in DEEP), 2, 2, 16, 2))),
+    'RGB with transparency': ('png', lambda f: Image.new('RGB', (2, 2)).save(f, transparency=(0, 0, 0))),
+    'L with transparency': ('png', lambda f: Image.new('L', (2, 2)).save(f, transparency=0)),
+    'RGB in several frames': ('png webp tif', lambda f: Image.new('RGB', (2, 2)).save(
+        f, save_all=True, append_images=[Image.new('RGB', (2, 2), 'red')]))}
+
+
+@pytest.mark.parametrize('mode', KINDS)
 def test_modes_that_are_neither_grey_nor_colour(tmp_path, mode):
-    a, b = ('a.jpg', 'b.jpg') if mode == 'CMYK' else ('a.png', 'b.png')
-    for file in (a, b): Image.new(mode, (8, 8)).save(tmp_path / file)
-    with refused(rf"{a}' has mode '{mode}'; images must have one of 'L', 'RGB'.*convert"):
-        ImageFolder(tmp_path).train()
-    write(tmp_path, a)
-    with refused(f"mode 'RGB', 8×8, and .* has mode '{mode}', 8×8.*one mode"):
-        ImageFolder(tmp_path, size=4).train()
-
-
-def test_sixteen_bits_a_channel_are_not_cut_to_eight(tmp_path):
-    "PIL would open it as RGB and drop the lower bytes without a word."
-    def chunk(kind, data):
-        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-    pixels = zlib.compress((b'\0' + bytes(range(12))) * 2)
-    head = chunk(b'IHDR', struct.pack('>IIBBBBB', 2, 2, 16, 2, 0, 0, 0))
-    png = b'\x89PNG\r\n\x1a\n' + head + chunk(b'IDAT', pixels) + chunk(b'IEND', b'')
-    for name in ('1.png', '2.png'): (tmp_path / name).write_bytes(png)
-    assert Image.open(tmp_path / '1.png').mode == 'RGB'
-    with refused("has mode 'RGB;16'"): ImageFolder(tmp_path).train()
+    "are refused with advice that keeps their values"
+    endings, make = KINDS[mode]
+    for ending in endings.split():
+        folder = write(tmp_path / ending, f'c.{ending}', (2, 2))
+        make(folder / f'd.{ending}')
+        with refused(rf"d.{ending}' has mode '{mode}' \(1 of 2 images\)"): ImageFolder(folder, size=4).train()
+        files = [folder / f'{name}.{ending}' for name in 'ab']
+        for file in files: make(file)
+        with refused(rf"a.{ending}' has mode '{mode}'; images must have one of 'L'") as e: decode(files)
+        if 'frames' in mode: continue
+        advice = re.search(r'Image\.[^,]*\(.*\)|image\.convert.*\)', str(e.value))
+        for file in files:
+            with Image.open(file) as image:
+                eval(advice[0] if advice else 'image', dict(globals(), image=image, white=65535)).save(file)
+        values = decode(files)[0][1, 0].flatten().tolist()
+        if mode[0] in 'IF' or ';16' in mode: assert values == [0, 39, 78, 117]
+        if mode == '1': assert values == [255] * 4
 
 
 @pytest.mark.parametrize('ending', ['png', 'jpg', 'bmp', 'tif', 'webp'])
@@ -263,10 +290,124 @@ def test_damaged_files_are_named_and_counted(tmp_path, ending):
         whole = (tmp_path / f'{i}.{ending}').read_bytes()
         (tmp_path / f'{i}.{ending}').write_bytes(whole[:len(whole) * 2 // 3])
     (tmp_path / f'5.{ending}').write_bytes(b''), (tmp_path / '6.jpg').write_text('<html>')
-    with refused(rf"4 of 7 images cannot be read, such as '.*2\.{ending}'.*Replace or delete"):
+    with refused(rf"4 of 7 image files cannot be read, such as '.*2\.{ending}'.*Replace or delete"):
         ImageFolder(tmp_path).train()
     for file in tmp_path.iterdir(): file.write_bytes(b'\0')
-    with refused('7 of 7 images cannot be read'): ImageFolder(tmp_path).train()
+    with refused('7 of 7 image files cannot be read'): ImageFolder(tmp_path).train()
+
+
+@pytest.mark.parametrize('ending', ['png', 'jpg', 'tif', 'webp'])
+def test_photos_are_turned_as_viewers_show_them(tmp_path, ending):
+    base, exif = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8) * 5), Image.Exif()
+    plain, turned, read = tmp_path / 'plain', tmp_path / 'turned', lambda f: decode([f])[0][0, 0]
+    for folder in (plain, turned): folder.mkdir()
+    options = dict(png={}, tif={}, jpg=dict(quality=100), webp=dict(lossless=True))[ending]
+    for i in range(1, 10):   # 9 is none
+        exif[0x0112] = i
+        image = base if ending != 'webp' else base.convert('RGB')
+        image.save(plain / f'{i}.{ending}', **options)
+        image.save(turned / f'{i}.{ending}', exif=exif, **options)
+    x = read(plain / f'1.{ending}')
+    shown = [x, x.flip(1), x.rot90(2), x.flip(0), x.T, x.rot90(-1), x.rot90(2).T, x.rot90(1), x]
+    for i, y in enumerate(shown, 1): assert read(turned / f'{i}.{ending}').equal(y), i
+    with refused(r"8×6, and .* 6×8 \(4 of 9"): ImageFolder(turned).train()
+    a, b = ImageFolder(plain, size=4), ImageFolder(turned, size=4)
+    assert a.digest != b.digest and ImageFolder(plain).shape[1:] == (6, 8)
+
+
+def test_damaged_exif_says_nothing(tmp_path):
+    Image.new('L', (8, 6)).save(tmp_path / 'a.jpg', exif=b'Exif\0\0MM\0*\0\0\xff\xff')
+    assert decode([tmp_path / 'a.jpg'])[0].shape == (1, 1, 6, 8)
+
+
+def test_links_are_followed_and_broken_ones_told(tmp_path):
+    write(tmp_path, 'set/a/1.png set/b/1.png more/2.png more/deep/3.png cats/4.png')
+    (tmp_path / 'set/a/more').symlink_to(tmp_path / 'more')
+    (tmp_path / 'set/c').symlink_to(tmp_path / 'cats')
+    (tmp_path / 'set/b/5.png').symlink_to(tmp_path / 'cats/4.png')
+    found = ImageFolder(tmp_path / 'set').files['all']
+    assert [f.name for f in found[0]] == ['1.png', '2.png', '3.png', '1.png', '5.png', '4.png']
+    assert found[1] == [*'aaabbc']
+    link = tmp_path / 'set/a/circle'
+    for target in (tmp_path / 'set', tmp_path, tmp_path / 'set/a'):
+        link.symlink_to(target)
+        with refused('circle.* leads to a folder that it lies in'): ImageFolder(tmp_path / 'set')
+        link.unlink()
+    for name in ('set/a/gone.png', 'set/gone', 'cats/gone.jpg', 'more/deep/gone'):
+        (tmp_path / name).symlink_to(tmp_path / 'nowhere')
+        with refused("names in .* lead to no file, such as 'gone"): ImageFolder(tmp_path / 'set')
+        (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / 'set/a/pipe.png')
+    with refused("such as 'pipe.png'"): ImageFolder(tmp_path / 'set')
+
+
+@pytest.mark.parametrize('train, test', [('Train', 'TEST'), ('train', 'Test'), ('TRAIN', 'test')])
+def test_splits_are_known_in_any_case(tmp_path, train, test):
+    write(tmp_path, f'{train}/x/1.png {train}/y/1.png {test}/x/2.png {test}/y/2.png')
+    f = ImageFolder(tmp_path)
+    assert (f.n_train, f.n_test, f.class_names) == (2, 2, ['x', 'y'])
+    write(tmp_path, 'val/x/3.png cover.png')
+    with pytest.warns(UserWarning, match='2 images .* lie beside.*cover.png'): ImageFolder(tmp_path)
+    write(tmp_path, f'{train.swapcase()}/x/1.png')
+    with refused("one folder 'train' and one 'test'"): ImageFolder(tmp_path)
+
+
+def test_what_looks_like_a_split_or_an_image(tmp_path):
+    for folders in ('Train', 'training testing', 'Train val', 'TEST'):
+        write(tmp_path / folders, ' '.join(f'{name}/{i}.png' for name in folders.split() for i in (1, 2)))
+        with refused("must have one folder 'train' and one 'test'"): ImageFolder(tmp_path / folders)
+    classes = ImageFolder(write(tmp_path / 'vehicles', 'Car/1.png Train/1.png'))
+    assert classes.class_names == ['Car', 'Train']
+    Image.new('L', (8, 8)).save(tmp_path / 'vehicles/Car/2.gif')
+    with pytest.warns(UserWarning, match="1 images in .* format that is not read, such as '2.gif'"):
+        assert ImageFolder(tmp_path / 'vehicles').n_train == 1
+
+
+# --- hostile files
+
+def test_only_the_formats_that_are_promised_are_opened(tmp_path, monkeypatch):
+    "and nowhere in this repository without naming them"
+    from PIL import EpsImagePlugin
+    monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', lambda *a, **k: pytest.fail('started a program'))
+    Image.new('RGB', (8, 8)).save(tmp_path / 'a.eps')
+    (tmp_path / 'a.eps').rename(tmp_path / 'a.png')
+    Image.new('RGB', (8, 8)).save(tmp_path / 'b.ppm')
+    (tmp_path / 'b.ppm').rename(tmp_path / 'b.png')
+    psd = b'8BPS\0\1' + bytes(6) + struct.pack('>HIIHH', 3, 8, 8, 8, 3) + bytes(400)
+    (tmp_path / 'c.png').write_bytes(psd)
+    with refused(r'3 of 3 image files cannot be read.*none of BMP, JPEG, PNG, TIFF, WEBP'):
+        ImageFolder(tmp_path).train()
+    for path in files():
+        if path.suffix not in ('.py', '.ipynb') or path.parent == ROOT / 'tests': continue
+        for call in re.findall(r'Image\.open\(.*', path.read_text()): assert 'formats=' in call, (path, call)
+
+
+def test_pixels_are_counted_before_they_are_decoded(tmp_path, monkeypatch):
+    header = png(b'', 13_000, 13_000, 8, 2)
+    for i in range(400): (tmp_path / f'{i:03}.png').write_bytes(header)
+    monkeypatch.setattr(torch, 'empty', lambda shape, **k: torch.zeros(shape, **k) if not np.prod(shape) else
+                        pytest.fail('allocated'))
+    for size in (None, 8):
+        with refused("400 of 400 .*13000×13000 pixels; at most 67,108"): ImageFolder(tmp_path, size).train()
+    monkeypatch.setattr(data, 'MOST_BYTES', 100_000)
+    many = write(tmp_path / 'many', ' '.join(f'{i}.png' for i in range(10)), (100, 100))
+    with refused("10 images of 100×100 pixels take 0.0 GB"): ImageFolder(many).train()
+    monkeypatch.undo()
+    assert ImageFolder(many, size=4).n_train == 8
+
+
+@pytest.mark.parametrize('ending', ['png', 'jpg', 'bmp', 'tif', 'webp'])
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_flipped_bytes_are_an_error_or_an_image(ending, data):
+    with tempfile.TemporaryDirectory() as place:
+        file = write(place, f'a.{ending}', (16, 16)) / f'a.{ending}'
+        content = bytearray(file.read_bytes())
+        for _ in range(data.draw(st.integers(1, 4))):
+            content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        file.write_bytes(content)
+        try: assert decode([file])[0].dtype == u8
+        except ValueError as e: assert len(str(e)) <= 300
 
 
 @contextlib.contextmanager
@@ -284,15 +425,17 @@ def test_files_that_may_not_be_read():
     with tempfile.TemporaryDirectory() as place:   # pytest's folders are closed to others
         folder = write(place, '1.png 2.png')
         folder.chmod(0o755), (folder / '1.png').chmod(0o644), (folder / '2.png').chmod(0)
-        with unprivileged(), refused(r"1 of 2 images.*2\.png' \(PermissionError"): ImageFolder(folder).train()
-        folder.chmod(0o311)
+        with unprivileged(), refused(r"1 of 2 .*2\.png' \(PermissionError"): ImageFolder(folder).train()
+        write(folder, 'deep/cat/dog/3.png'), (folder / 'deep/cat/dog').chmod(0)   # is not passed over
+        with unprivileged(), refused('dog', PermissionError): ImageFolder(folder / 'deep')
+        (folder / 'deep/cat/dog').chmod(0o755), folder.chmod(0o311)
         with unprivileged(), refused(folder.name, PermissionError): ImageFolder(folder)
         folder.chmod(0o755)
 
 
 @pytest.mark.parametrize('files, message', [
     ('1.png cat/1.png', r"images \(such as '1\.png'\) beside folders \(such as 'cat'\)"),
-    ('train/1.png', "folder 'train' but no 'test'"),
+    ('train/1.png', "one folder 'train' and one 'test', or class folders, not 'train'"),
     ('train/cat/1.png test/dog/1.png', r"train has \['cat'\], test has \['dog'\]"),
     ('train/cat/1.png test/1.png', r"train has \['cat'\], test has None"),
     ('1.png', 'one image'), ('', 'no images in .*endings'),
@@ -300,6 +443,7 @@ def test_files_that_may_not_be_read():
 def test_folders_of_a_wrong_form(tmp_path, files, message):
     for name in files.split(): write(tmp_path, name) if name[-1] != '/' else (tmp_path / name).mkdir()
     with refused(message): ImageFolder(tmp_path)
-    with refused('there is no folder', FileNotFoundError): ImageFolder(tmp_path / 'nothing')
+    for bad, said in (('/none', 'there is no folder'), ('', 'must name'), ('a\0', 'must name'), (3, 'text')):
+        with refused(said): ImageFolder(bad)
     if files == '1.png':
         with refused('is a file', NotADirectoryError): ImageFolder(tmp_path / files)

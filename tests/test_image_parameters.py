@@ -1,11 +1,12 @@
 "Attempts to break lfdm.images.parameters: careless values, images that moved, changed or do not fit."
 import dataclasses
 import math
+import os
 import shutil
 
 import pytest
 
-from lfdm.images.parameters import ImageParameters
+from lfdm.images.parameters import ImageParameters, content_of, image_set, require_network
 from lfdm.parameters import parameters_from
 from photos import TINY, numbered, write
 
@@ -41,6 +42,12 @@ def test_wrong_values_are_refused_by_name(field, values):
     (dict(network="small(width=0)"), "width must be at least"),
     (dict(network="small(width=1e12)"), "cannot be built"), (dict(judged=1), "judged must be from 2"),
     (dict(n_samples=1), "n_samples must be from 2"), (dict(dataset="folder"), "needs a path"),
+    (dict(path="/nowhere"), "path='/nowhere'.* the images of dataset 'digits'.* lie in no folder"),
+    (dict(dataset="templates", path="/nowhere"), "lie in no folder; those of 'cifar10' and 'folder' do"),
+    (dict(dataset="folder(path='a')", path="b"), "'b'.* beside .*'a'.*: give one of them"),
+    (dict(dataset="folder", path=""), "path must name a folder"),
+    (dict(dataset="templates(n_train=1, n_test=4)"), "too few training images .*: 1, and at least 4"),
+    (dict(dataset="templates(n_train=4, n_test=1)"), "too few test images .*: 1, and at least 2"),
     (dict(logsnr_min=5, logsnr_max=5), "logsnr_min must be below"),
     (dict(width=8), "unknown parameter 'width'")], ids=str)
 def test_what_a_careless_user_gives(bad, message):
@@ -64,6 +71,39 @@ def test_the_images_are_in_the_name_and_their_place_is_not(tmp_path):
     jpg = ImageParameters(**TINY, path=write(tmp_path / "jpg", numbered().replace("png", "jpg")))
     assert jpg.content.endswith(", compressed with loss") and jpg.shape == (3, 8, 8) and jpg.levels == 256
     assert dataclasses.replace(jpg, path=None) == jpg
+
+
+def test_images_that_change_are_seen_as_changed(tmp_path, monkeypatch):
+    folder = write(tmp_path / "photos", numbered())
+    p = lambda path=folder: ImageParameters(**TINY, path=path)
+    seen = [p()]
+    def now_another(): seen.append(p()); assert len({q.slug() for q in seen}) == len(seen)
+    assert image_set("folder", folder) is image_set("folder", str(folder))
+    times = os.stat(folder / "000.png")
+    write(folder, "000.png", seed=1), os.utime(folder / "000.png", ns=(times.st_atime_ns, times.st_mtime_ns))
+    now_another()   # of one size and with its old time
+    write(folder, "060.png", seed=2)
+    now_another()
+    (folder / "000.png").unlink()
+    now_another()
+    write(tmp_path / "new", "000.png", seed=3), os.replace(tmp_path / "new" / "000.png", folder / "001.png")
+    now_another()
+    write(tmp_path / "elsewhere/photos", numbered(), seed=4)   # one relative path, two places
+    for here in (tmp_path, tmp_path / "elsewhere"):
+        monkeypatch.chdir(here)
+        seen.append(p("photos"))
+    assert seen[-1] != seen[-2] == seen[-3]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert p("~/photos") == seen[-2]
+
+
+def test_wrong_input_of_functions():
+    for f, arguments, said in (
+            (image_set, (None,), "^name must be a str"), (image_set, ("digits", 3), "^path must"),
+            (content_of, ("digits",), "^images must be a ImageSet"),
+            (require_network, (3, (1, 8, 8)), "^network"), (require_network, ("small", (1, 8)), "^shape"),
+            (require_network, ("small", (1, 8, "8")), "^shape")):
+        with pytest.raises((ValueError, TypeError), match=said): f(*arguments)
 
 
 def test_sizes_that_do_not_fit_are_refused_at_once(tmp_path):

@@ -19,7 +19,7 @@ from lfdm.grids import make_images
 from lfdm.images import task as image_task
 from lfdm.images.data import quantize
 from lfdm.images.parameters import ImageParameters, image_set
-from lfdm.images.task import ImageTask
+from lfdm.images.task import ImageTask, image_table, judge_images, mirrored, require_content
 from lfdm.parameters import parameters_from
 from lfdm.runs import folder_of, load_run, make_run
 from lfdm.tasks import task_of
@@ -218,10 +218,35 @@ def test_a_late_process_leaves_nothing_behind(whole, tmp_path):
 
 # ---- records
 
+def test_a_record_that_gives_digits_a_path_still_has_them():
+    p = ImageParameters()
+    old = ImageParameters.from_record(dataclasses.asdict(p) | dict(path="/nowhere"))
+    assert old.slug() == p.slug() and task_of(old).data.name == "digits"
+
+
+def test_smallest_sets_that_can_be_judged(tmp_path):
+    write(tmp_path, "train/1.png train/2.png test/1.png test/2.png")
+    p = ImageParameters(**TINY | dict(batch_size=2), path=tmp_path)
+    bound = make_run(p, root=tmp_path / "runs").summary["bits_per_dim"]
+    assert all(math.isfinite(v) for v in bound.values())
+
+
+def test_wrong_input():
+    x, digits, no = torch.zeros(2, 1, 16, 16), image_set("digits"), torch.Generator()
+    for call, said in ((lambda: ImageTask(3), "parameters must be"), (lambda: image_table(3), "run must be"),
+                       (lambda: mirrored(x[0], no), "x must have shape"),
+                       (lambda: mirrored(x, 3), "generator must be"),
+                       (lambda: judge_images(x, digits), "samples.*quantize"),
+                       (lambda: judge_images(x.to(torch.uint8), "digits"), "images must be a ImageSet"),
+                       (lambda: ImageTask(ImageParameters()).validation(draws=0), "draws must be"),
+                       (lambda: require_content(None, ""), "images must be")):
+        with pytest.raises((ValueError, TypeError), match=said): call()
+
+
 def test_samples_that_do_not_fit_are_refused(whole):
     assert torch.equal(whole.task.restored(whole.task.stored(whole.samples)), whole.samples)
     for bad in (np.zeros((10, 3, 8, 8), np.float32), np.zeros((10, 8, 8), np.uint8)):
-        with pytest.raises(ValueError, match=r"not uint8 and \(n, 3, 8, 8\)"): whole.task.restored(bad)
+        with pytest.raises(ValueError, match=r"uint8 of shape \(n, 3, 8, 8\)"): whole.task.restored(bad)
 
 
 def test_a_record_loads_where_nobody_has_heard_of_images(whole):
@@ -235,9 +260,9 @@ def test_a_run_is_found_without_its_images_and_not_made_with_others(photos, whol
     root, there = whole.folder.parent.parent, tmp_path / "there"
     moved = ImageParameters(**TINY, path=shutil.copytree(photos, there))
     assert make_run(moved, root=root).folder == whole.folder
-    write(there, "000.png", seed=1); image_set.cache_clear()
+    write(there, "000.png", seed=1)
     with pytest.raises(ValueError, match="images are not those of the run"): make_run(moved, root=tmp_path)
-    shutil.rmtree(there); image_set.cache_clear()
+    shutil.rmtree(there)
     assert make_run(moved, root=root).summary == whole.summary
     with pytest.raises(FileNotFoundError, match="there is no folder"): _ = task_of(moved).data
 

@@ -1,4 +1,5 @@
 "Attempts to break lfdm.images.templates: tails, extremes of noise, blocks, forms of scales, wrong input."
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -40,6 +41,18 @@ def test_cells_add_up(z, logsnr):
     near((density.sum() * 2 / L).log() + log_factor, log_cell(*ends) - alpha.log(), 1e-9)
 
 
+@pytest.mark.parametrize('omega', [3e-3, 9e-3, 2e-2, .5])   # the series holds below 1e-2
+def test_cells_agree_with_quadrature(omega):
+    h, sigma, z = 2 / 16, .6, .31
+    alpha, (nodes, weights) = omega * sigma / h, np.polynomial.legendre.leggauss(40)
+    middles = np.arange(16)[:, None] * h + h / 2 - 1
+    x = middles + nodes * h / 2
+    p = np.exp(-((z - alpha * x) / sigma)**2 / 2) / sigma / (2 * np.pi)**.5
+    log_factor, density, moment = cell_integrals(torch.tensor(z, dtype=f64), alpha, sigma, 16)
+    for found, exact in ((density, p @ weights / 2), (moment, (p * (x - middles)) @ weights / 2)):
+        torch.testing.assert_close(found * log_factor.exp(), torch.from_numpy(exact), rtol=1e-8, atol=0)
+
+
 @pytest.mark.parametrize('name', ['denoise', 'log_prob_at'])
 def test_rows_do_not_see_each_other_nor_the_form_of_scales(name):
     cut, z, (alpha, sigma) = Templates(**SMALL), noisy(5), scales([-12., -7., 0., 5., 30.])
@@ -66,7 +79,11 @@ def test_the_two_ends_of_noise():
     near(TEMPLATES.denoise(x, 1., 1e-6), x, 1e-5)
     exact = TEMPLATES.weights @ (TEMPLATES.log_cells.exp() @ scaled(BYTES, 256).double())
     near(TEMPLATES.denoise(x, 0., 1.).flatten(1), exact.expand(20, -1), 1e-12)   # nothing is known of x
-    assert TEMPLATES.denoise(x.float(), .8, .6).dtype == torch.float32
+    for dtype, least in ((f64, f64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)):
+        z = x.to(dtype)
+        assert TEMPLATES.denoise(z, .8, .6).dtype == dtype
+        log_q = TEMPLATES.log_prob_at(z, .01, 1e-4)   # float16 could not hold it
+        assert log_q.dtype == least and log_q.isfinite().all()
 
 
 @pytest.mark.parametrize('std', [.05, .2, 1.])
@@ -96,7 +113,12 @@ def test_wrong_input():
             *((TEMPLATES.denoise, bad, 1., 1., 'tensor of shape .n, 1, 8, 8')
               for bad in (torch.zeros(2, 8, 8), torch.zeros(2, 3, 8, 8), z.to(torch.uint8), 3.)),
             *((TEMPLATES.log_prob_at, z, alpha, sigma, scale)
-              for alpha, sigma in ((1., 0.), (-1., 1.), (1., inf), (nan, 1.), (1., torch.zeros(2)))),
+              for alpha, sigma in ((1., 0.), (-1., 1.), (1., inf), (1., torch.zeros(2)))),
+            (TEMPLATES.log_prob_at, z, nan, 1., 'not nan'), (TEMPLATES.denoise, z, 'x', 1., 'alpha must'),
+            (log_cell, 1., 1., 'low must be below high'), (log_cell, [1., 2.], [3.] * 3, 'not broadcast'),
+            (cell_integrals, z, 1., 0., 16, scale), (cell_integrals, z, 1., 1., 1, 'levels must'),
+            (cell_integrals, z, torch.ones(3), 1., 16, 'alpha .3,.'),
+            (TEMPLATES.bits_per_dim, z[:1].to(torch.uint8), 'n from 2'), (Templates, None, 'std must'),
             (TEMPLATES.denoise, z, torch.ones(3), 1., 'not one number per'),
             (TEMPLATES.log_prob, z, 'uint8'), (TEMPLATES.log_prob, z.to(torch.uint8)[..., :7], 'shape'),
             *((Templates, *bad, 'must be') for bad in ((.01,), (2,), (.2, 0), (.2, 300, .5)))]:

@@ -7,18 +7,18 @@ __all__ = ['LOSS_DRAWS', 'BOUND_DRAWS', 'require_content', 'require_own_device',
            'mirrored', 'judge_images', 'ImageTask', 'image_table']
 
 # %% ../../nbs/library/97_image_task.ipynb #941ba827
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 
-from ..core import seeded
-from .data import dequantize, quantize
+from ..core import checked_device, number, seeded, shown, typed
+from .data import ImageSet, dequantize, quantize, require_images
 from .features import feature_distance
 from .fid import fid, inception_file
-from .parameters import ImageParameters, content_of, image_set
+from .parameters import ImageParameters, content_of, has_folder, image_set
 from .unet import unet
 from ..likelihood import image_bound
 from ..parameters import ALSO_JUDGED_BY
@@ -28,50 +28,63 @@ from ..training import TrainState, train, with_precision
 from ..validation import ValidationSet
 
 # %% ../../nbs/library/97_image_task.ipynb #c696d999
-def require_content(images,        # an ImageSet
+@typed
+def require_content(images: ImageSet,
                     content: str): # what the run's images are
     "Raise ValueError if these are not the images of the run."
     if content_of(images) != content:
-        raise ValueError(f'the images are not those of the run: {content_of(images)}, not {content}.')
+        raise ValueError('the images are not those of the run: '
+                         f'their content is {content_of(images)}, not {content[:70]}.')
 
+@typed
 def require_own_device(device: str,  # of the run
                        accelerator): # accelerate's, or None
     "Raise ValueError if several processes are told to use one device."
+    if accelerator is not None and not hasattr(accelerator, 'num_processes'):
+        raise TypeError(f"accelerator must be accelerate's, or None, not {shown(accelerator)}.")
     if accelerator and accelerator.num_processes > 1 and ':' in device:
         raise ValueError(f'each of several processes has a device of its own: '
                          f"choose {device.split(':')[0]!r}, not {device!r}.")
 
-def require_finite(x,                  # samples
+@typed
+def require_finite(x: torch.Tensor,     # samples
                    p: ImageParameters): # of their run
     "Raise FloatingPointError if samples are not finite: they cannot become bytes."
     if not x.isfinite().all():
         raise FloatingPointError(f'samples are not finite ({p.loss()!r}, {p.sampler}): lower lr, '
                                  'narrow the logsnr range, or choose another sampler.')
 
-def require_image_bytes(array,         # samples as they were kept
-                        shape: tuple): # (C, H, W)
+@typed
+def require_image_bytes(array: np.ndarray, # samples as they were kept
+                        shape: tuple):     # (C, H, W)
     "Raise ValueError unless an array holds images of that shape as bytes."
     if array.dtype != np.uint8 or array.shape[1:] != shape:
         wanted = ', '.join(map(str, shape))
-        raise ValueError(f'samples of {array.dtype} and shape {array.shape}, not uint8 and (n, {wanted})')
+        raise ValueError(f'array must hold samples, uint8 of shape (n, {wanted}), '
+                         f'not {array.dtype} of shape {array.shape}')
 
 # %% ../../nbs/library/97_image_task.ipynb #4e9c22f8
+@typed
 def mirrored(x: torch.Tensor,            # images, shape (n, C, H, W)
              generator: torch.Generator, # source of the choice
             ) -> torch.Tensor:           # x's shape
     "Mirror half of the images from left to right, at random."
+    if x.ndim != 4: raise ValueError(f'x must have shape (n, C, H, W), not {tuple(x.shape)}.')
     chosen = torch.rand(len(x), generator=generator, device=x.device) < 0.5
     return torch.where(chosen[:, None, None, None], x.flip(3), x)
 
 # %% ../../nbs/library/97_image_task.ipynb #958f4bf8
 LOSS_DRAWS, BOUND_DRAWS = 16, 32   # noise levels for each test image: of the final losses, of bits/dim
 
+@typed
 def judge_images(samples: torch.Tensor, # bytes, shape (n, C, H, W)
-                 images,                # the ImageSet they imitate
+                 images: ImageSet,      # what they imitate
                  device='cpu',          # where to compute
-                 progress=None,         # called as progress(phase, done, total)
-                ) -> dict:              # measure -> what `feature_distance` and `fid` say
+                 progress: Callable = None, # called as progress(phase, done, total)
+                ) -> dict: # measure -> what `feature_distance` and `fid` say; raises TypeError, ValueError
     "The distances that can be had: of features where there are labels, FID where its weights are."
+    require_images('samples', samples, images.levels, least=2)
+    device = checked_device(device)
     found = {}
     if images.classes: found['feature_distance'] = feature_distance(samples, images)
     try: inception_file()
@@ -88,10 +101,15 @@ class ImageTask:
     save_every = 60
     advice = "Lower batch_size, choose precision='bf16', or a smaller network."
 
+    def __post_init__(self):
+        if isinstance(self.parameters, ImageParameters): return
+        raise TypeError(f'parameters must be ImageParameters, not {shown(self.parameters)}.')
+
     @property
     def data(self):
         "The set of images. Raises ValueError if they are not those of the run."
-        images = image_set(self.parameters.dataset, self.parameters.path)
+        p = self.parameters   # older records may give a path to a set that has none
+        images = image_set(p.dataset, p.path if has_folder(p.dataset) else None)
         require_content(images, self.parameters.content)
         return images
 
@@ -114,8 +132,10 @@ class ImageTask:
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         return images[order[:self.parameters.judged].sort().values].to(self.parameters.device)
 
+    @typed
     def validation(self, draws: int = 1, seed: int = 0) -> ValidationSet:
         "The fixed validation set: each of these images at so many noise levels."
+        draws = number('draws', draws, low=1, high=10_000, integer=True)
         p, images = self.parameters, self.test_images().repeat(draws, 1, 1, 1)
         x = dequantize(images, p.levels, seeded(seed, p.device))
         exact = self.data.denoise if self.data.exact else None
@@ -159,8 +179,10 @@ class ImageTask:
             'weights': sum(w.numel() for w in net.parameters()),
             'distances': judge_images(samples, self.data, p.device, progress)}
 
-    def stored(self, samples) -> np.ndarray:
+    @typed
+    def stored(self, samples: torch.Tensor) -> np.ndarray:
         "Samples as they are kept."
+        require_images('samples', samples)
         return samples.numpy()
 
     def restored(self, array) -> torch.Tensor:
@@ -170,8 +192,10 @@ class ImageTask:
 
 # %% ../../nbs/library/97_image_task.ipynb #3f1c1428
 def image_table(run,      # a finished run on images
-               ) -> str:  # Markdown
+               ) -> str:  # Markdown; raises TypeError
     "The final numbers of a run on images, each with its conditions."
+    if not isinstance(getattr(run, 'parameters', None), ImageParameters):
+        raise TypeError(f'run must be a finished run on images, not {shown(run)}.')
     s, p = run.summary, run.parameters
     b, images = s['bits_per_dim'], f"{s['bits_per_dim']['n']} test images"
     shares = ', '.join(f'{k} {b[k]:.{digits}f}' for k, digits in

@@ -11,15 +11,40 @@ from functools import cached_property
 
 import torch
 
-from ..core import expand, number
+from ..core import Numeric, expand, number, shown, typed
 from ..data import SPLITS, stream
 from .data import IMAGES, ImageSet, quantize, require_bytes
 
+# %% ../../nbs/library/53_image_templates.ipynb #c14b1921
+def _require_broadcast(**tensors):
+    "Check that tensors broadcast."
+    try: torch.broadcast_shapes(*(t.shape for t in tensors.values()))
+    except RuntimeError:
+        shapes = ', '.join(f'{name} {tuple(t.shape)}' for name, t in tensors.items())
+        raise ValueError(f"shapes that do not broadcast: {shapes}.") from None
+
+def _require_cells(low, high):
+    "Check that each cell begins below its end."
+    _require_broadcast(low=low, high=high)
+    if (low >= high).any(): raise ValueError("low must be below high, in every cell.")
+
+def _checked_scale(name, scale, z, least=0):
+    "A scale as a tensor in float64, finite and at least so large."
+    if z.is_meta: raise ValueError("z must hold numbers, not lie on the device 'meta'.")
+    try: scale = torch.as_tensor(scale, dtype=torch.float64, device=z.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} must be a number or a tensor of numbers, not {shown(scale)}.") from None
+    if (scale.isfinite() & (scale >= least)).all(): return scale
+    bound, value = 'greater than' if least else 'at least', scale.item() if scale.ndim == 0 else shown(scale)
+    raise ValueError(f"{name} must be finite and {bound} 0, not {value}.")
+
 # %% ../../nbs/library/53_image_templates.ipynb #649fde11
+@typed
 def log_cell(low: torch.Tensor,  # in standard deviations, float64; may be -inf
              high: torch.Tensor, # above `low`; may be inf
-            ) -> torch.Tensor:   # in nats, the two broadcast
+            ) -> torch.Tensor:   # in nats, the two broadcast; raises TypeError or ValueError
     "log(Φ(high) - Φ(low)), in both tails as exact as in the middle: to about 1e-16/(high - low)."
+    _require_cells(low, high)
     upper = low + high > 0
     low, high = torch.where(upper, -high, low), torch.where(upper, -low, high)
     below = torch.special.log_ndtr(high)
@@ -50,14 +75,17 @@ def _tail(y, phi, outside):
     return torch.special.erfcx(root) * phi(y) * math.sqrt(math.pi / 2)   # where the exponential overflows
 
 # %% ../../nbs/library/53_image_templates.ipynb #28130119
+@typed
 def cell_integrals(z: torch.Tensor, # noisy values, float64, any shape
-                   alpha,           # scale of the signal, to broadcast with z
-                   sigma,           # scale of the noise, above 0, to broadcast with z
+                   alpha: Numeric,  # scale of the signal, to broadcast with z
+                   sigma: Numeric,  # scale of the noise, above 0, to broadcast with z
                    levels: int,     # L
                   ) -> tuple:       # (log of a common factor, z's shape; I_b and J_b without it, (..., L))
     "For each cell of the bytes: what a noisy value says of its probability, and of the place in it."
-    number64 = lambda a: torch.as_tensor(a, dtype=torch.float64, device=z.device)[..., None]
-    z, alpha, sigma, h = z[..., None], number64(alpha), number64(sigma), 2 / levels
+    levels = number('levels', levels, low=2, high=256, integer=True)
+    alpha, sigma = _checked_scale('alpha', alpha, z), _checked_scale('sigma', sigma, z, least=1e-300)
+    _require_broadcast(z=z, alpha=alpha, sigma=sigma)
+    z, alpha, sigma, h = z.double()[..., None], alpha[..., None], sigma[..., None], 2 / levels
     ends = torch.arange(levels + 1, dtype=torch.float64, device=z.device) * 2 / levels - 1
     y = (alpha * ends - z) / sigma
     y_m = (alpha * (ends[:-1] + h / 2) - z) / sigma
@@ -75,24 +103,22 @@ def cell_integrals(z: torch.Tensor, # noisy values, float64, any shape
     return (-outside**2 / 2 - sigma.log())[..., 0], density, moment
 
 # %% ../../nbs/library/53_image_templates.ipynb #0945205a
-def _require_shape(images, shape):
-    "Check the shape of images of the set."
-    if images.shape[1:] != shape:
-        raise ValueError(f"images must have shape (n, 1, 8, 8), not {tuple(images.shape)}.")
+def _require_shape(images, shape, least=0):
+    "Check the shape of images of the set, and how many there are."
+    if images.shape[1:] != shape or len(images) < least:
+        n = f'n from {least}' if least else 'n'
+        raise ValueError(f"images must have shape ({n}, 1, 8, 8), not {tuple(images.shape)}.")
 
 def _require_noisy(z, shape):
     "Check that z is a batch of noisy images of the set."
-    if torch.is_tensor(z) and z.is_floating_point() and z.shape[1:] == shape: return
-    what = f'{z.dtype} of shape {tuple(z.shape)}' if torch.is_tensor(z) else repr(z)
-    raise ValueError(f"expected a floating-point tensor of shape (n, 1, 8, 8), not {what}.")
+    if z.is_floating_point() and z.shape[1:] == shape and not z.is_meta: return
+    raise ValueError(f"z must be a floating-point tensor of shape (n, 1, 8, 8), not {shown(z)}.")
 
-def _checked_scale(name, scale, z, least=0):
+def _scale_of_each(name, scale, z, least=0):
     "A scale as one number for each example, float64 (n,)."
-    scale = torch.as_tensor(scale, dtype=torch.float64, device=z.device)
-    if not (scale.isfinite() & (scale >= least)).all():
-        bound = 'greater than' if least else 'at least'
-        raise ValueError(f"{name} must be finite and {bound} 0, not {scale!r}.")
-    return expand(scale, z).reshape(-1).expand(len(z))
+    scale = _checked_scale(name, scale, z, least)
+    try: return expand(scale, z).reshape(-1).expand(len(z))
+    except (ValueError, RuntimeError) as e: raise ValueError(f"{name}: {e}") from None
 
 # %% ../../nbs/library/53_image_templates.ipynb #7285db6f
 class Templates(ImageSet):
@@ -100,6 +126,7 @@ class Templates(ImageSet):
     name, levels, classes, exact, shape = 'templates', 256, 4, True, (1, 8, 8)
     block = 2**20     # cells times pixels worked on at once
 
+    @typed
     def __init__(self,
                  std: float = 0.2,     # s, of a pixel around its template, in units of x
                  n_train: int = 8000,  # images to train on
@@ -144,6 +171,7 @@ class Templates(ImageSet):
         y = (edges - self.templates.flatten(1)[..., None]) / self.std
         return log_cell(y[..., :-1], y[..., 1:])
 
+    @typed
     def log_prob(self,
                  images: torch.Tensor, # bytes, uint8 (n, 1, 8, 8)
                 ) -> torch.Tensor:     # (n,), in nats, float64; raises TypeError or ValueError
@@ -155,11 +183,14 @@ class Templates(ImageSet):
         given_k = log_P[:, pixel, images.flatten(1).long()].sum(-1)      # (K, n)
         return (given_k + log_w[:, None]).logsumexp(0)
 
+    @typed
     def bits_per_dim(self,
-                     images=None, # bytes, uint8 (n, 1, 8, 8); default: the test images
-                    ) -> tuple:   # (mean, standard error), in bits per dimension; raises as `log_prob`
+                     images: torch.Tensor = None, # bytes, uint8 (n, 1, 8, 8), n from 2; default: test images
+                    ) -> tuple: # (mean, standard error), in bits per dimension; raises as `log_prob`
         "The entropy of the set, -E log2 P(b) / D, estimated on its images: no model is better on average."
-        bits = -self.log_prob(self.test() if images is None else images) / (self.dims * math.log(2))
+        images = self.test() if images is None else images
+        _require_shape(images, self.shape, least=2)
+        bits = -self.log_prob(images) / (self.dims * math.log(2))
         return bits.mean().item(), bits.std().item() / len(bits)**0.5
 
     def _joint(self, z, alpha, sigma):
@@ -175,24 +206,27 @@ class Templates(ImageSet):
     def _joints(self, z, alpha, sigma):
         "`_joint` of a few rows after the other, so that memory suffices."
         _require_noisy(z, self.shape)
-        alpha, sigma = _checked_scale('alpha', alpha, z), _checked_scale('sigma', sigma, z, least=1e-300)
+        alpha, sigma = _scale_of_each('alpha', alpha, z), _scale_of_each('sigma', sigma, z, least=1e-300)
         rows = max(1, self.block // (self.dims * self.levels))
         for i in range(0, max(1, len(z)), rows):
             yield self._joint(*(a[i:i + rows] for a in (z.double(), alpha, sigma)))
 
+    @typed
     def log_prob_at(self,
                     z: torch.Tensor,  # noisy dequantized images, shape (n, 1, 8, 8)
-                    alpha,            # scale of the signal: a number, or one for each image
-                    sigma,            # scale of the noise, above 0, likewise
-                   ) -> torch.Tensor: # (n,), in nats; raises ValueError
+                    alpha: Numeric,   # scale of the signal: a number, or one for each image
+                    sigma: Numeric,   # scale of the noise, above 0, likewise
+                   ) -> torch.Tensor: # (n,), in nats, at least float32; raises TypeError or ValueError
         "log q(z), the log density of z = αx + σε for dequantized x."
-        return torch.cat([joint.logsumexp(1) for joint, _ in self._joints(z, alpha, sigma)]).to(z.dtype)
+        log_q = torch.cat([joint.logsumexp(1) for joint, _ in self._joints(z, alpha, sigma)])
+        return log_q.to(torch.promote_types(z.dtype, torch.float32))
 
+    @typed
     def denoise(self,
                 z: torch.Tensor,  # noisy dequantized images, shape (n, 1, 8, 8)
-                alpha,            # scale of the signal: a number, or one for each image
-                sigma,            # scale of the noise, above 0, likewise
-               ) -> torch.Tensor: # z's shape; raises ValueError
+                alpha: Numeric,   # scale of the signal: a number, or one for each image
+                sigma: Numeric,   # scale of the noise, above 0, likewise
+               ) -> torch.Tensor: # z's shape; raises TypeError or ValueError
         "E[x given z] of the dequantized x: no denoiser has a smaller mean squared error."
         means = [(joint.softmax(1) * means).sum(-1).T for joint, means in self._joints(z, alpha, sigma)]
         return torch.cat(means).reshape(-1, *self.shape).to(z.dtype)
