@@ -216,11 +216,12 @@ def checked_level(alpha: float,  # signal scale
 
 # %% ../nbs/library/50_data.ipynb #9b30e4ee
 def _require_grid_fits(points, sizes):
-    "Check the size of a grid before it is made; so long an axis has no room for its points in float64."
-    if points.prod() <= MAX_CELLS and sizes.max() < 2**31: return
-    size, longest = points.log10().sum().item(), sizes.max().log10().item()
-    raise ValueError(f"components so narrow beside their distances in {len(sizes)} dimensions need a grid of "
-                     f"about 10^{size:.0f} points, on axes of length up to 10^{longest:.0f}: too many.")
+    "Check the size of a grid before it is made."
+    narrow = f"components so narrow beside their distances in {len(sizes)} dimensions need a grid"
+    if points.prod() > MAX_CELLS:
+        raise ValueError(f"{narrow} of about 10^{points.log10().sum():.0f} points; {MAX_CELLS} fit.")
+    if sizes.max() > 2**31:
+        raise ValueError(f"{narrow} so fine that float64 cannot tell its points apart.")
 
 def checked_logsnr(logsnr,           # λ, numbers or a floating-point tensor
                   ) -> torch.Tensor: # raises TypeError or ValueError

@@ -149,8 +149,7 @@ def _require_defined_ends(denoiser, steps, schedule, step, shape, **inside):
     for name, i in (('logsnr_min', 0), ('logsnr_max', steps - 1)):
         if math.isfinite(getattr(schedule, name)): continue
         wrong = _ill_defined(denoiser, z, levels[i + 1], levels[i], step, steps)
-        if wrong: raise ValueError(f'{name} must be finite for this sampler and denoiser: {wrong} '
-                                   f'Choose a schedule with a finite {name}.')
+        if wrong: raise ValueError(f'{name} must be finite for this sampler and denoiser: {wrong}')
 
 def _ill_defined(denoiser, z, s, t, step, steps):
     "Why the step from t to s gives no finite state; None if it does."
@@ -161,7 +160,7 @@ def _ill_defined(denoiser, z, s, t, step, steps):
     except RuntimeError as e:
         if 'did not converge' not in str(e): raise
         return 'the adaptive solver does not converge.'
-    return None if found.isfinite().flatten(1).all(1).any() or not len(z) else 'a step is not finite there.'
+    return None if found.isfinite().flatten(1).all(1).any() or not len(z) else 'its step gives nan there.'
 
 # %% ../nbs/library/80_sampling.ipynb #7f4d4897
 @typed
