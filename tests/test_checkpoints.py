@@ -323,6 +323,7 @@ def test_any_network_is_trained_saved_and_resumed_exactly(kind, options, tmp_pat
     other.net.calls = whole.net.calls   # what it keeps outside of tensors is its own business
     other.load(tmp_path / "c")
     assert other.steps == whole.steps
+    for kept, buffer in zip(whole.result.buffers(), whole.net.buffers()): assert torch.equal(kept, buffer)
     assert everything(trained(other, 3, x=X[:100])) == everything(trained(whole, 3, x=X[:100]))
     if kind == "tied": assert other.net.a.weight is other.net.c.weight
 
