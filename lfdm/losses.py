@@ -104,8 +104,11 @@ def _require_fit(x, t, eps):
         raise ValueError(f"t must be one time for each of x's {len(x)} examples, not {shown(t)}.")
     require_shape('eps', eps, 'x', x)
 
-def require_shape(name, a,    # what must have the shape
-                  other, x):  # of this
+def require_shape(name: str,  # of what must have the shape, for the message
+                  a,          # what must have it
+                  other: str, # of what has it
+                  x,          # what has it
+                 ):           # raises ValueError
     "Check that two tensors have one shape."
     if a.shape == x.shape: return
     raise ValueError(f"{name} must have {other}'s shape, {tuple(x.shape)}, not {tuple(a.shape)}.")

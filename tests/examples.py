@@ -1,4 +1,6 @@
 """A valid example of each argument of each public function, for the sweep of sweep.py."""
+import itertools
+
 import numpy as np
 import PIL.Image
 import torch
@@ -62,6 +64,14 @@ LEFT = {
     **dict.fromkeys(["inception", "inception_file", "fid", "CIFAR10"], "needs files that are not here"),
     "mixture_sum": "the inner sum of GaussianMixture",
 }
+
+# What looks wrong and is right here: (function, argument, kind).
+RIGHT = {
+    ("Record", "settings", "a dict"), ("mean_sd", "form", "no word"), ("ScoreMatchingLoss", "levels", "3"),
+    ("table", "head", "a list of nothing"), ("table", "head", "a list of words"),
+    *itertools.product(["TrainState.save", "TrainState.load", "write_checkpoint", "require_match"], ["run"],
+                       ["a word", "no word"]),   # a run's name
+    ("parameters_from", "namespace", "a dict")}   # the message names the parameter in it
 
 # Defaults that would take long: the example instead.
 LONG = {"steps", "points", "draws", "projections", "n", "repeats", "epochs", "batch_size", "real", "T", "k",
@@ -362,6 +372,9 @@ def examples(folder):
         image_set=dict(name="digits", path=None),
         content_of=dict(images=digits),
         judge_images=on_digits | dict(images=digits),
+        P2=dict(k=1.0),
+        Sigmoid=dict(k=2.0),
+        floor=dict(points=201),
         ImageParameters=dict(dataset="digits", path=None, ema=None, clip=None),
         image_table=dict(run=images_run),
         ImageTask=dict(parameters=images),

@@ -383,7 +383,7 @@ class Extra(torch.nn.Linear):
 @pytest.mark.parametrize(
     "net, says",
     [
-        (Extra(2, 2), "extra state .*_extra_state"),
+        (Extra(2, 2), "extra state: .*_extra_state"),
         (torch.nn.Linear(2, 2, dtype=torch.cfloat), "complex"),
         (torch.nn.Identity(), "no parameter"),
         (torch.nn.Linear(2, 2).requires_grad_(False), "none requires a gradient"),

@@ -1,4 +1,5 @@
 "lfdm.interop against diffusers' own numbers: any β, any length, networks, and what has no counterpart."
+import inspect
 import math
 import runpy
 import sys
@@ -27,6 +28,9 @@ from lfdm.interop import (  # noqa: E402
 from lfdm.losses import DiffusionLoss, predict  # noqa: E402
 from lfdm.schedules import SCHEDULES, network_time  # noqa: E402
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning", "ignore:.*found in sys.modules:RuntimeWarning",
+    "ignore:.*:FutureWarning")
 f32, f64 = torch.float32, torch.float64
 equal, close = torch.equal, torch.testing.assert_close
 few = settings(max_examples=20, deadline=None, derandomize=True, database=None)
@@ -35,7 +39,7 @@ seeds = st.integers(0, 10**6)
 betas = st.lists(st.floats(1e-4, 0.9), min_size=1, max_size=40).filter(
     lambda b: sum(math.log1p(-x) for x in b) > -25)   # float32 holds the ᾱ that is left
 DDPM, FLOW = diffusers.DDPMScheduler, diffusers.FlowMatchEulerDiscreteScheduler
-SOLVER = diffusers.DPMSolverMultistepScheduler
+SOLVER, EULER = diffusers.DPMSolverMultistepScheduler, diffusers.EulerDiscreteScheduler
 
 
 def times(T): return torch.arange(1, T + 1, dtype=f64) / T
@@ -101,7 +105,6 @@ def test_a_schedule_is_seen_at_i_over_T(text, T):
     close(back.alpha(times(T))**2, alpha**2, rtol=1e-6 + 1e-7 / left, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("kind", SCHEDULERS)
 @pytest.mark.parametrize("text", ["cosine", "ddpm(T=100, beta_min=0.001, beta_max=0.05, beta=scaled_linear)"])
 def test_every_kind_has_the_same_levels(text, kind):
@@ -190,6 +193,36 @@ def test_a_network_goes_there_and_back_and_learns():
     assert back.config.sample_size == (8, 8)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_keep_a_thousand_timesteps_apart(dtype):
+    class Heard(torch.nn.Module):
+        def forward(self, sample, timestep): self.timestep = timestep; return SimpleNamespace(sample=sample)
+    heard = Heard()
+    net = as_unet(as_network(heard, "ddpm"), "ddpm", (1,))
+    assert net(torch.zeros(1000, 1, dtype=dtype), torch.arange(1000)).sample.dtype == dtype
+    assert equal(heard.timestep, torch.arange(1000))
+    seen = []
+    plain = as_unet(lambda z, u: seen.append(u.dtype) or z, "ddpm", (1,))   # others see their data's dtype
+    plain(torch.zeros(1, 1, dtype=dtype), 3)
+    assert seen == [dtype]
+
+
+@pytest.mark.parametrize(
+    "timestep", [-1, 1000, 6.5, math.nan, math.inf, None, "3", True, 1j, [1, 2, 3], [[1, 2]]])
+def test_timesteps_that_a_chain_has_not(timestep):
+    net = as_unet(lambda z, u: z, "ddpm", (1, 4, 4))
+    with pytest.raises((TypeError, ValueError), match="timestep"): net(torch.zeros(2, 1, 4, 4), timestep)
+
+
+@pytest.mark.parametrize("answer, message", [
+    (lambda z: z, "field `sample`"), (lambda z: (z,), "field `sample`"),
+    (lambda z: SimpleNamespace(sample=z.repeat(1, 2)), "a variance as well"),
+    (lambda z: SimpleNamespace(sample=None), "must be a tensor")])
+def test_networks_that_answer_otherwise(answer, message):
+    net = as_network(lambda sample, timestep: answer(sample), "ddpm")
+    with pytest.raises((TypeError, ValueError), match=message): net(torch.zeros(2, 3), torch.zeros(2))
+
+
 # --- what has no counterpart
 
 @pytest.mark.parametrize("kind", ["DDPMScheduler", "EulerDiscreteScheduler", "CogVideoXDDIMScheduler"])
@@ -210,10 +243,38 @@ def test_zero_terminal_snr_is_refused_and_the_advice_works(kind):
     (chain([0.1, 0.5, 1.]), ValueError, "zero terminal SNR"),
     (chain([1e-7, 0.1]), ValueError, "logsnr_max must be above"),
     (FLOW(use_dynamic_shifting=True), ValueError, "depends on the image"),
-    *((bad, TypeError, "expected a scheduler of diffusers, not a") for bad in (None, "DDPMScheduler", DDPM)),
+    (FLOW(invert_sigmas=True), ValueError, "invert_sigmas=True .* x - eps"),   # one step goes the other way
+    (FLOW(shift_terminal=0.1), ValueError, "shift_terminal=0.1"),
+    (EULER(timestep_type="continuous", prediction_type="v_prediction"), ValueError, "log.sigma./4"),
+    (DDPM(variance_type="learned_range"), ValueError, "variance_type='learned_range' .* gives a variance"),
+    (DDPM(trained_betas=[0.1, 0.2]), ValueError, "2 betas, but num_train_timesteps=1000"),
+    *((bad, TypeError, "scheduler must be one of diffusers, not") for bad in (None, "DDPMScheduler", DDPM)),
 ], ids=str)
 def test_what_lfdm_cannot_have(scheduler, error, message):
     with pytest.raises(error, match=message): from_diffusers(scheduler)
+
+
+def test_a_shift_that_is_set_later_is_seen():
+    scheduler = FLOW()
+    scheduler.set_shift(3.)
+    with pytest.raises(ValueError, match="a shift of 3 moves"): from_diffusers(scheduler)
+
+
+@pytest.mark.parametrize("name", sorted(k for k in diffusers._class_to_module if k.endswith("Scheduler")))
+def test_every_scheduler_of_diffusers_means_the_same_or_is_refused(name):
+    "What lfdm takes has the scheduler's own levels, whatever the class."
+    cls = getattr(diffusers, name)
+    v = {"prediction_type": "v_prediction"} if "prediction_type" in inspect.signature(cls).parameters else {}
+    try: scheduler = cls(**v)
+    except (TypeError, ValueError, ImportError): return pytest.skip("needs more than its defaults")
+    try: schedule, target = from_diffusers(scheduler)
+    except (TypeError, ValueError) as e:
+        assert len(str(e)) <= 300
+        return
+    if name == "FlowMatchEulerDiscreteScheduler": return
+    alpha_bar = scheduler.alphas_cumprod.double()
+    close(schedule.alpha(times(1000))**2, alpha_bar, rtol=1e-3, atol=1e-7)
+    assert target.name == "v"
 
 
 @pytest.mark.parametrize("args, error, message", [
@@ -221,12 +282,36 @@ def test_what_lfdm_cannot_have(scheduler, error, message):
     (("cosine", "F"), ValueError, "no prediction_type for the target 'F'"),
     (("adaptive",), ValueError, "moves as it learns"), (("cosine", "eps", 0), ValueError, "T must be"),
     (("cosine", "eps", 10, "DDPM"), ValueError, "unknown kind of scheduler 'DDPM'"),
-    (("cosine", "eps", 10, diffusers.EDMEulerScheduler), ValueError, "takes no betas"),
+    (("cosine", "eps", 10, diffusers.EDMEulerScheduler), ValueError, "EDMEulerScheduler takes none"),
     (("cosine", "eps", 10, torch.nn.Linear), TypeError, "kind must be"),
     (("cosine(-20, 12.9)", "v", 1), ValueError, "pure noise in diffusers"),
     (("cosine(-inf, 12.9)", "v", 10), ValueError, "finite range")], ids=str)
 def test_what_diffusers_cannot_have(args, error, message):
     with pytest.raises(error, match=message): to_diffusers(*args)
+
+
+@pytest.mark.parametrize("kind, options, message", [
+    (DDPM, dict(prediction_type="epsilon"), "prediction_type follows from target"),
+    (DDPM, dict(num_train_timesteps=5), "num_train_timesteps follows from T"),
+    (DDPM, dict(trained_betas=[0.1]), "trained_betas follows from schedule"),
+    (DDPM, dict(clip_sampel=True), "Did you mean 'clip_sample'"),
+    (SOLVER, dict(solver_type="best"), "refuses an option"),
+    (DDPM, dict(rescale_betas_zero_snr=True), "zero terminal SNR"),
+    (DDPM, dict(variance_type="learned"), "gives a variance"),
+    (EULER, dict(timestep_type="continuous"), "log.sigma./4"),
+    (SOLVER, dict(use_flow_sigmas=True), "no chain of noise levels"),
+    (diffusers.RePaintScheduler, {}, "no prediction_type='v_prediction'"),
+    (diffusers.CogVideoXDDIMScheduler, {}, "moves the levels .* snr_shift_scale=1")])
+def test_options_that_make_it_another_scheduler(kind, options, message):
+    with pytest.raises(ValueError, match=message): to_diffusers("ddpm", "v", kind=kind, **options)
+
+
+def test_how_one_samples_is_an_option():
+    sampled = to_diffusers("ddpm", "v", clip_sample=True, variance_type="fixed_large")
+    assert sampled.config.clip_sample and sampled.config.variance_type == "fixed_large"
+    video = to_diffusers("ddpm", "v", kind=diffusers.CogVideoXDDIMScheduler, snr_shift_scale=1.)
+    close(video.alphas_cumprod, sampled.alphas_cumprod)
+    assert from_diffusers(FLOW(), logsnr_max=5)[0].logsnr_max == 5
 
 
 def test_the_way_out_that_is_named_is_one():
