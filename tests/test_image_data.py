@@ -233,7 +233,10 @@ def test_size_cuts_and_resizes(tmp_path):
 def test_lossy_copies_say_so(tmp_path):
     write(tmp_path, 'a/1.png a/2.png b/1.png b/2.jpg c/1.webp c/2.webp d/1.png d/2.jpg')
     (tmp_path / 'd/2.jpg').rename(tmp_path / 'd/2.png')   # the content counts, not the name
-    assert [ImageFolder(tmp_path / f).lossy for f in 'abcd'] == [False, True, True, True]
+    with Image.open(write(tmp_path, 'e/1.jpg') / 'e/1.jpg') as image:   # phones show the first of two
+        image.save(tmp_path / 'e/2.mpo', save_all=True, append_images=[Image.new('RGB', (4, 4))])
+    (tmp_path / 'e/2.mpo').rename(tmp_path / 'e/2.jpg')
+    assert [ImageFolder(tmp_path / f).lossy for f in 'abcde'] == [False, True, True, True, True]
 
 
 def chunk(kind, data):
@@ -388,12 +391,14 @@ def test_pixels_are_counted_before_they_are_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, 'empty', lambda shape, **k: torch.zeros(shape, **k) if not np.prod(shape) else
                         pytest.fail('allocated'))
     for size in (None, 8):
-        with refused("400 of 400 .*13000×13000 pixels; at most 67,108"): ImageFolder(tmp_path, size).train()
+        with refused("400 of 400 .*13000×13000 pixels, not from 1"): ImageFolder(tmp_path, size).train()
     monkeypatch.setattr(data, 'MOST_BYTES', 100_000)
     many = write(tmp_path / 'many', ' '.join(f'{i}.png' for i in range(10)), (100, 100))
     with refused("10 images of 100×100 pixels take 0.0 GB"): ImageFolder(many).train()
     monkeypatch.undo()
     assert ImageFolder(many, size=4).n_train == 8
+    (many / '3.png').write_bytes(png(b'', 0, 5, 8, 2))
+    with refused("1 of 10 .*3.png.*"): ImageFolder(many, size=4).train()
 
 
 @pytest.mark.parametrize('ending', ['png', 'jpg', 'bmp', 'tif', 'webp'])

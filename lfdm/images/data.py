@@ -54,6 +54,7 @@ def _require_numbers(name, x):
     "Check that a tensor has values, which it has not on torch's meta device."
     if x.is_meta: raise ValueError(f"{name} must hold numbers, not lie on the device 'meta'.")
 
+# %% ../../nbs/library/52_image_data.ipynb #2c4f3a0b
 def _require_places(u, images):
     "Check that these are places within the cells of the images, if any are given."
     if u is None: return
@@ -283,6 +284,7 @@ def _named(path):
     text = str(path)
     return repr(text if len(text) <= 60 else f'…{text[-59:]}')
 
+# %% ../../nbs/library/52_image_data.ipynb #66f2e6bb
 def _stamps(files):
     "What tells whether files have changed: their places, sizes, times and inodes."
     stats = [(os.path.abspath(file), os.stat(file)) for file in files]
@@ -357,6 +359,7 @@ LOSSY = ('JPEG', 'MPO', 'WEBP')   # PIL's names for formats that may lose
 MOST_PIXELS = 2**26   # of a file, 8192×8192
 MOST_BYTES = 2**34    # of all images of a set as bytes: ImageNet at 64×64 fits
 
+# %% ../../nbs/library/52_image_data.ipynb #0d95f8b9
 def class_files(folder,    # holds class folders, or images directly
                ) -> tuple: # (image files, the class of each, or None); raises ValueError, OSError, TypeError
     "A folder's images in the order of their names, and the names of the class folders they lie in."
@@ -399,6 +402,7 @@ def _split_folders(folder):
     _warn(folder, 'lie beside train and test and are in neither', [p for p in others if _holds_images(p)])
     return {split: found[names.index(split)] for split in SPLITS}
 
+# %% ../../nbs/library/52_image_data.ipynb #7dce1ab9
 def _holds_images(place):
     "Is this an image, or a folder of some?"
     return any(f.suffix.lower() in ENDINGS for f in (_files_below(place) if place.is_dir() else [place]))
@@ -423,8 +427,8 @@ def _opened(path):
     # given a path, PIL maps the memory of plain TIFFs, and garbles those that are to be turned by 90°
     with open(path, 'rb') as file, Image.open(file, formats=FORMATS) as image:
         width, height = image.size
-        if width * height > MOST_PIXELS:
-            raise ValueError(f'{width}×{height} pixels; at most {MOST_PIXELS:,} are decoded')
+        if not 0 < width * height <= MOST_PIXELS:
+            raise ValueError(f'{width}×{height} pixels, not from 1 to {MOST_PIXELS:,}')
         yield image
 
 def _image_kind(image):
@@ -452,6 +456,7 @@ def _first_kind(files):
         except Exception: continue   # `_require_readable` tells of it
     return None, None
 
+# %% ../../nbs/library/52_image_data.ipynb #b664870d
 def _image_array(image, size):
     "A decoded image as an array (H, W, C), cut to its central square and resized if a size is given."
     import numpy as np
@@ -637,6 +642,7 @@ def _advice(mode):
                 ".astype('uint8')), with white = 65535 for 16 bits.")
     return "Convert it, e.g. with PIL: image.convert('RGB')."
 
+# %% ../../nbs/library/52_image_data.ipynb #e001bf82
 def _require_known_modes(files, kinds):
     "Check that images are grey or of three colours, of 8 bits."
     wrong = [(file, kind) for file, kind in zip(files, kinds) if kind.mode not in CHANNELS]

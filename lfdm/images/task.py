@@ -29,8 +29,8 @@ from ..validation import ValidationSet
 
 # %% ../../nbs/library/97_image_task.ipynb #c696d999
 @typed
-def require_content(images: ImageSet,
-                    content: str): # what the run's images are
+def require_content(images: ImageSet, # as they are
+                    content: str):    # what the run's images are
     "Raise ValueError if these are not the images of the run."
     if content_of(images) != content:
         raise ValueError('the images are not those of the run: '
@@ -60,7 +60,7 @@ def require_image_bytes(array: np.ndarray, # samples as they were kept
     "Raise ValueError unless an array holds images of that shape as bytes."
     if array.dtype != np.uint8 or array.shape[1:] != shape:
         wanted = ', '.join(map(str, shape))
-        raise ValueError(f'array must hold samples, uint8 of shape (n, {wanted}), '
+        raise ValueError(f'array must hold samples of the run, uint8 of shape (n, {wanted}), '
                          f'not {array.dtype} of shape {array.shape}')
 
 # %% ../../nbs/library/97_image_task.ipynb #4e9c22f8
