@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from lfdm.core import seeded
+from lfdm.discrete import DDPMSchedule
 from lfdm.images.unet import (
     UNETS,
     AttentionBlock,
@@ -16,6 +17,8 @@ from lfdm.images.unet import (
     time_embedding,
     unet,
 )
+from lfdm.interop import as_unet
+from lfdm.schedules import network_time
 
 torch.set_num_threads(1)
 f64 = torch.float64
@@ -117,6 +120,20 @@ def test_autocast_returns_the_dtype_of_z_and_is_close():
     assert all(p.grad.dtype == torch.float32 for p in net.parameters())
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_sixteen_bits_keep_times_apart(dtype):
+    "u is shown in float32 to a network of 16 bits; of a thousand times 501 are distinct in bfloat16"
+    net, told = tiny().to(dtype), []
+    net.time.register_forward_hook(lambda module, inputs, out: told.append(out))
+    chain = as_unet(net, 'ddpm', (2, 8, 8))
+    z, k = torch.zeros(1000, 2, 2, 2, dtype=dtype), torch.arange(1000)
+    with torch.no_grad(): out = chain(z, k).sample
+    u = network_time(DDPMSchedule().logsnr((k + 1).double() / 1000)).float()
+    exact = time_embedding(u, net.time.dim).to(dtype)
+    assert out.dtype == dtype and out.isfinite().all()
+    assert torch.equal(told[0], net.time.layers(exact)) and len(exact.unique(dim=0)) > 950
+
+
 def test_dropout_acts_in_training_only():
     net, data = tiny(dropout=0.5), batch()
     assert not torch.equal(net(*data), net(*data))
@@ -136,7 +153,8 @@ def test_the_graph_is_whole_for_the_compiler():
     ('width', 2.5, 'whole number'), ('channels', 0, 'channels'), ('layers', 0, 'layers'),
     ('multipliers', '', 'at least one'), ('multipliers', (1, 0), 'multipliers'), ('dropout', 1.5, 'dropout'),
     ('attention', (-1,), 'attention'), ('width', 'wide', 'width'), ('multipliers', None, 'multipliers'),
-    ('heads', True, 'heads'), ('attention', 1j, 'attention')])
+    ('heads', True, 'heads'), ('attention', 1j, 'attention'),
+    ('layers', 10**9, 'layers'), ('multipliers', [1] * 99, 'at most 20'), ('width', 10**30, 'width')])
 def test_bad_options(name, bad, message):
     with pytest.raises((TypeError, ValueError), match=message): tiny(**{name: bad})
 
@@ -145,6 +163,9 @@ def test_bad_options(name, bad, message):
 def test_data_that_are_no_such_images(shape):
     with pytest.raises(ValueError, match=rf'images of shape \(n, 2, H, W\), not \({shape[0]}'):
         tiny()(torch.zeros(shape), torch.zeros(shape[0]))
+    for wrong in ((), (1,), (3, 1)):
+        with pytest.raises(ValueError, match=r'u must have shape \(2,\)'):
+            tiny()(torch.zeros(2, 2, 8, 8), torch.zeros(wrong))
 
 
 @given(st.integers(0, 5), st.integers(1, 200), st.integers(1, 200))
@@ -184,6 +205,9 @@ def test_words_with_options():
 
 @pytest.mark.parametrize('words, size, message', [
     ('small(3)', 16, 'width'), ('small(channels=3)', 16, "unknown option of small: 'channels'"),
-    ('small(width=0)', 16, 'width must be'), ('small', 10, 'nearest sizes: 8×8 and 12×12')])
+    ('small(width=0)', 16, 'width must be'), ('small', 10, 'nearest sizes: 8×8 and 12×12'),
+    ('small', (16,), 'size must be'), ('small', (), 'size must be'), ('small', (16, 16, 1), 'size must be'),
+    ('small', None, 'size must be'), ('small', '16', 'size must be'), (None, 16, 'name must be'),
+    ('small(layers=1000000000)', 16, 'layers must be')])
 def test_wrong_words_and_sizes(words, size, message):
-    with pytest.raises(ValueError, match=message): unet(words, 1, size)
+    with pytest.raises((TypeError, ValueError), match=message): unet(words, 1, size)
