@@ -8,13 +8,14 @@ __all__ = ['PREDICTIONS', 'BETA_SCHEDULES', 'SCHEDULERS', 'BetasSchedule', 'from
 
 # %% ../nbs/library/45_interop.ipynb #5132c626
 import inspect
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 
 import torch
 from torch import nn
 
-from .core import instance, lookup, number, unknown
+from .core import Numeric, instance, lookup, number, shown, typed, unknown
 from .discrete import DDPMSchedule
 from .schedules import SCHEDULES, RectifiedFlowSchedule, Schedule, network_time
 from .targets import TARGETS, Target
@@ -41,15 +42,15 @@ SCHEDULERS = (   # that `to_diffusers` knows by name
 # %% ../nbs/library/45_interop.ipynb #33bea241
 def _checked_betas(betas):
     "β_1 to β_T in float64; raises TypeError or ValueError unless they are numbers in (0, 1)."
-    try: betas = torch.as_tensor(betas, dtype=torch.float64, device='cpu').detach()
+    try: betas = torch.as_tensor(betas, dtype=torch.float64).detach().cpu().clone()
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"betas must be numbers, not {betas!r:.60}.") from None
+        raise TypeError(f"betas must be numbers, not {shown(betas)}.") from None
     if betas.ndim != 1 or not len(betas):
         raise ValueError(f"betas must be a row of numbers, not of shape {tuple(betas.shape)}.")
     inside = (betas > 0) & (betas < 1)
     if not inside.all():
         i = (~inside).nonzero()[0].item()
-        raise ValueError("every beta must lie strictly between 0 and 1, "
+        raise ValueError("betas must lie strictly between 0 and 1, "
                          f"but beta_{i + 1} of {len(betas)} is {betas[i]:.6g}. "
                          "With 0 nothing happens, and with 1 nothing is left of the data.")
     return betas
@@ -59,8 +60,9 @@ class BetasSchedule(DDPMSchedule):
     "A chain of any β_1, ..., β_T."
     name = 'betas'
 
+    @typed
     def __init__(self,
-                 betas,                     # β_1 to β_T, numbers in (0, 1)
+                 betas: Numeric,            # β_1 to β_T, numbers in (0, 1)
                  logsnr_max: float = 12.9,  # λ_0, where sampling ends; inf: the data themselves
                 ):                          # raises TypeError or ValueError
         self._betas = _checked_betas(betas)
@@ -77,7 +79,7 @@ class BetasSchedule(DDPMSchedule):
 def _require_scheduler(scheduler):
     "Raise TypeError unless it is a scheduler of diffusers."
     if not isinstance(scheduler, _diffusers().SchedulerMixin):
-        raise TypeError(f"expected a scheduler of diffusers, not a {type(scheduler).__name__}.")
+        raise TypeError(f"scheduler must be one of diffusers, not {shown(scheduler)}.")
 
 def _require_chain(scheduler):
     "Raise ValueError unless it has a list of ᾱ."
@@ -85,6 +87,10 @@ def _require_chain(scheduler):
     if not torch.is_tensor(alpha_bar) or scheduler.config.get('use_flow_sigmas'):
         raise ValueError(f"{type(scheduler).__name__} has no chain of noise levels: expected one with betas "
                          f"and alphas_cumprod, such as {', '.join(SCHEDULERS[:3])}.")
+    T = scheduler.config.get('num_train_timesteps')
+    if not len(scheduler.betas) == len(alpha_bar) == T:
+        raise ValueError(f"this {type(scheduler).__name__} has {len(scheduler.betas)} betas, "
+                         f"but num_train_timesteps={T}.")
 
 def _require_signal(scheduler):
     "Raise ValueError if its last level is pure noise."
@@ -96,22 +102,40 @@ def _require_signal(scheduler):
                          "which a schedule cannot express."
                          + rest * bool(scheduler.betas[-1] == 1))
 
-def _require_unshifted(config):
+def _require_unshifted(scheduler):
     "Raise ValueError if a flow's levels are shifted."
-    if config['shift'] != 1 or config['use_dynamic_shifting']:
-        by_image = ' that depends on the image' * bool(config['use_dynamic_shifting'])
-        raise ValueError(f"a shift of {config['shift']:g}{by_image} moves every logsnr by -2 log(shift), "
+    shift, by_image = scheduler.shift, scheduler.config['use_dynamic_shifting']
+    if shift != 1 or by_image:
+        by_image = ' that depends on the image' * bool(by_image)
+        raise ValueError(f"a shift of {shift:g}{by_image} moves every logsnr by -2 log(shift), "
                          "which no schedule here does. Only shift=1 is rectified_flow.")
 
+# %% ../nbs/library/45_interop.ipynb #cf3aa834
+_MEANINGS = {   # setting of a scheduler -> (the values that lfdm has, what the network does otherwise)
+    'invert_sigmas': ((None, False), 'predicts x - eps, which is the target flow with the other sign'),
+    'shift_terminal': ((None,), 'is used at levels that are stretched, as by a shift'),
+    'timestep_type': ((None, 'discrete'), 'is told log(sigma)/4 instead of a timestep'),
+    'variance_type': ((None, 'fixed_small', 'fixed_small_log', 'fixed_large', 'fixed_large_log'),
+                      'gives a variance besides its prediction')}
+
+def _require_meaning(scheduler):
+    "Raise ValueError if a setting changes what the network predicts or is told."
+    for setting, (known, what) in _MEANINGS.items():
+        value = scheduler.config.get(setting)
+        if value not in known:
+            raise ValueError(f"with {setting}={value!r} the network {what}. lfdm has no counterpart for it.")
+
 # %% ../nbs/library/45_interop.ipynb #0134563f
+@typed
 def from_diffusers(scheduler,  # a chain of noise levels, or FlowMatchEulerDiscreteScheduler without a shift
                    logsnr_max: float = 12.9,  # λ_0, where sampling ends; inf: the data, as in diffusers
                   ) -> tuple:  # (schedule, target); raises ImportError, TypeError or ValueError
     "The noise levels of a diffusers scheduler and what its network predicts."
     _require_scheduler(scheduler)
+    _require_meaning(scheduler)
     if isinstance(scheduler, _diffusers().FlowMatchEulerDiscreteScheduler):
-        _require_unshifted(scheduler.config)
-        return RectifiedFlowSchedule(), TARGETS['flow']()
+        _require_unshifted(scheduler)
+        return RectifiedFlowSchedule(logsnr_max=logsnr_max), TARGETS['flow']()
     _require_chain(scheduler)
     target = lookup(PREDICTIONS, scheduler.config.get('prediction_type'), 'prediction_type')
     _require_signal(scheduler)
@@ -120,15 +144,21 @@ def from_diffusers(scheduler,  # a chain of noise levels, or FlowMatchEulerDiscr
 # %% ../nbs/library/45_interop.ipynb #87e08cdc
 def _chain(scheduler, logsnr_max):
     "The scheduler's levels: by name if they are what the name says, else by its β, else by its ᾱ."
-    close = partial(torch.allclose, rtol=1e-5, atol=0)
     betas = scheduler.betas.detach().cpu()
     alpha_bar = scheduler.alphas_cumprod.detach().to(betas)
-    if not close((1 - betas).cumprod(0), alpha_bar):
+    if not _is_product(scheduler):
         alpha_bar = alpha_bar.double()
         return BetasSchedule(1 - alpha_bar / torch.cat([torch.ones(1), alpha_bar[:-1]]), logsnr_max)
     given = BetasSchedule(betas, logsnr_max)
     named = _named_chain(scheduler.config, len(betas), logsnr_max)
-    return named if named and close(named.betas, given.betas) else given
+    return named if named and _close(named.betas, given.betas) else given
+
+_close = partial(torch.allclose, rtol=1e-5, atol=0)
+
+def _is_product(scheduler):
+    "Is each ᾱ the product of the β up to it?"
+    betas = scheduler.betas.detach()
+    return _close((1 - betas).cumprod(0), scheduler.alphas_cumprod.detach().to(betas))
 
 def _named_chain(config, T, logsnr_max):
     "The chain of DDPM that diffusers' names stand for; None if they have no counterpart."
@@ -141,13 +171,16 @@ def _named_chain(config, T, logsnr_max):
 # %% ../nbs/library/45_interop.ipynb #daf4f028
 def _checked_kind(kind):
     "The scheduler class that a name or a class stands for; raises TypeError or ValueError."
-    diffusers, names = _diffusers(), ', '.join(SCHEDULERS)
-    if kind in SCHEDULERS: return getattr(diffusers, kind)
-    if isinstance(kind, str): raise ValueError(unknown('kind of scheduler', kind, SCHEDULERS))
+    diffusers = _diffusers()
+    if isinstance(kind, str):
+        if kind not in SCHEDULERS: raise ValueError(unknown('kind of scheduler', kind, SCHEDULERS))
+        return getattr(diffusers, kind)
     if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
-        raise TypeError(f"kind must be a name ({names}) or a scheduler class of diffusers, not {kind!r:.60}.")
+        raise TypeError(f"kind must be a scheduler class of diffusers, or a name in lfdm.interop.SCHEDULERS, "
+                        f"not {shown(kind)}.")
     if 'trained_betas' not in inspect.signature(kind).parameters:
-        raise ValueError(f"{kind.__name__} takes no betas. Choose {names}.")
+        raise ValueError(f"kind must take betas, but {kind.__name__} takes none. "
+                         f"Choose one such as {', '.join(SCHEDULERS[:3])}.")
     return kind
 
 def _checked_prediction(target):
@@ -188,6 +221,36 @@ def _require_distinct(scheduler, schedule, logsnr):
         raise ValueError(f"the last step of {schedule!r} at T = {T}, to logsnr {logsnr[-1]:.4g}, "
                          "is pure noise in diffusers' float32. Choose a larger T, or a larger logsnr_min.")
 
+# %% ../nbs/library/45_interop.ipynb #515815df
+_DECIDED_BY = {'num_train_timesteps': 'T', 'prediction_type': 'target', 'trained_betas': 'schedule',
+               'beta_schedule': 'schedule', 'beta_start': 'schedule', 'beta_end': 'schedule'}
+
+def _require_options(options, kind):
+    "Raise ValueError unless these are options of the class that decide nothing else."
+    valid = [k for k in inspect.signature(kind).parameters if k not in _DECIDED_BY]
+    for k, value in options.items():
+        if k in _DECIDED_BY:
+            raise ValueError(f"{k} follows from {_DECIDED_BY[k]}: it cannot be given as {shown(value)}.")
+        if k not in valid: raise ValueError(unknown(f'option of {kind.__name__}:', k, valid))
+
+def _made(kind, options):
+    "The scheduler; raises ValueError if diffusers refuses an option."
+    try: return kind(**options)
+    except (TypeError, ValueError, NotImplementedError) as e:
+        raise ValueError(f"kind {kind.__name__} refuses an option: {' '.join(str(e).split()):.200}") from e
+
+def _require_kept(scheduler, prediction):
+    "Raise ValueError unless the scheduler has the prediction it was made with, and the product of its β."
+    name, said = type(scheduler).__name__, scheduler.config.get('prediction_type')
+    _require_chain(scheduler)
+    _require_meaning(scheduler)
+    if scheduler.config.get('rescale_betas_zero_snr'): _require_signal(scheduler)
+    if said != prediction:
+        raise ValueError(f"kind {name} has no prediction_type={prediction!r}: its own is {said!r}.")
+    if not _is_product(scheduler):
+        raise ValueError(f"kind {name} moves the levels of the schedule. "
+                         "If it has an option snr_shift_scale, give snr_shift_scale=1.")
+
 # %% ../nbs/library/45_interop.ipynb #24746fa9
 def _beta_options(schedule, logsnr):
     "The β as diffusers takes them: by name if they have one there, else as numbers."
@@ -199,6 +262,7 @@ def _beta_options(schedule, logsnr):
     return dict(trained_betas=(-torch.expm1(steps)).tolist())
 
 # %% ../nbs/library/45_interop.ipynb #3e64f1f9
+@typed
 def to_diffusers(schedule='cosine',     # what preserves variance: name, class or instance
                  target='eps',          # x, eps or v: name, class or instance
                  T: int = None,         # number of levels; default: the schedule's own, or 1000
@@ -207,6 +271,7 @@ def to_diffusers(schedule='cosine',     # what preserves variance: name, class o
                 ):  # the scheduler; raises ImportError, TypeError or ValueError
     "The diffusers scheduler of a schedule and a target."
     kind = _checked_kind(kind)
+    _require_options(options, kind)
     schedule = instance(SCHEDULES, schedule, 'schedule', Schedule)
     target = instance(TARGETS, target, 'target', Target)
     prediction = _checked_prediction(target)
@@ -221,9 +286,24 @@ def to_diffusers(schedule='cosine',     # what preserves variance: name, class o
         timestep_spacing='trailing',
         **_beta_options(schedule, level.logsnr))
     known = inspect.signature(kind).parameters
-    scheduler = kind(**{k: v for k, v in given.items() if k in known} | options)
+    scheduler = _made(kind, {k: v for k, v in given.items() if k in known} | options)
+    _require_kept(scheduler, prediction)
     _require_distinct(scheduler, schedule, level.logsnr)
     return scheduler
+
+# %% ../nbs/library/45_interop.ipynb #003419f9
+def _require_prediction(y_hat, z):
+    "Raise TypeError or ValueError unless a network's answer is a tensor of z's shape."
+    if not torch.is_tensor(y_hat):
+        raise TypeError(f"the network's prediction must be a tensor, not {shown(y_hat)}.")
+    if y_hat.shape != z.shape:
+        raise ValueError(f"the network's prediction has shape {tuple(y_hat.shape)}, not {tuple(z.shape)}, "
+                         "which it is shown. (Does it give a variance as well?)")
+
+def _sample_of(answer):
+    "The prediction in the answer of a network of diffusers."
+    if hasattr(answer, 'sample') and not torch.is_tensor(answer): return answer.sample
+    raise TypeError(f"unet must return an object with a field `sample`, not {shown(answer)}.")
 
 # %% ../nbs/library/45_interop.ipynb #dc557da8
 def _times(chain):
@@ -232,6 +312,8 @@ def _times(chain):
 
 class _Network(nn.Module):
     "unet(sample, timestep) as net(z, u)."
+    time_dtype = torch.float32   # at least that for u: 16 bits cannot tell a thousand timesteps apart
+
     def __init__(self, unet, times, options):
         super().__init__()
         self.unet, self.options = unet, options
@@ -239,27 +321,44 @@ class _Network(nn.Module):
         self.between = None if times is None else ((times[1:] + times[:-1]) / 2).float()
 
     def timestep(self, u):
+        u = u.detach().to(torch.promote_types(u.dtype, torch.float32))
         if self.between is None: return 1000 * u
         if self.between.device != u.device: self.between = self.between.to(u.device)
-        return torch.searchsorted(self.between, u.detach().float().contiguous())
+        return torch.searchsorted(self.between, u.float().contiguous())
 
-    def forward(self, z, u): return self.unet(z, self.timestep(u), **self.options).sample
+    def forward(self, z, u):
+        y_hat = _sample_of(self.unet(z, self.timestep(u), **self.options))
+        _require_prediction(y_hat, z)
+        return y_hat
 
-def as_network(unet,           # unet(sample, timestep).sample, such as UNet2DModel
+@typed
+def as_network(unet: Callable, # unet(sample, timestep).sample, such as UNet2DModel
                schedule=None,  # the chain whose index it is told; None or a path: it is told 1000u
                **options,      # told to it at each call, e.g. class_labels
-              ) -> nn.Module:  # net(z, u); its parameters are the unet's
+              ) -> nn.Module:  # net(z, u); its parameters are the unet's; raises TypeError or ValueError
     "A network of diffusers as one of this library."
     chain = None if schedule is None else instance(SCHEDULES, schedule, 'schedule', Schedule)
     return _Network(unet, _times(chain) if chain and chain.steps else None, options)
 
-# %% ../nbs/library/45_interop.ipynb #bdb77454
-def _require_whole(k):
-    "Raise ValueError unless the timesteps are whole numbers."
+# %% ../nbs/library/45_interop.ipynb #50924975
+def _checked_timesteps(timestep, n, T, device):
+    "Whole numbers from 0 to T - 1, one for each of n examples; raises TypeError or ValueError."
+    try: k = torch.as_tensor(timestep, device=device)
+    except (TypeError, ValueError, RuntimeError): k = None
+    if k is None or k.is_complex() or k.dtype == torch.bool:
+        raise TypeError(f"timestep must be a whole number, or one for each example, not {shown(timestep)}.")
+    if k.shape not in ((), (1,), (n,)):
+        raise ValueError(f"timestep must be one number, or one for each of {n} examples, "
+                         f"not of shape {tuple(k.shape)}.")
     if k.is_floating_point() and (k != k.round()).any():
         raise ValueError(f"a chain has whole timesteps, not {k[k != k.round()][0].item():g}: "
                          "choose a sampler without its own grid of noise levels.")
+    outside = (k < 0) | (k >= T)
+    if outside.any():
+        raise ValueError(f"timestep must be from 0 to {T - 1}, not {k[outside][0].item():g}.")
+    return k.long().expand(n)
 
+# %% ../nbs/library/45_interop.ipynb #bdb77454
 class _UNet(nn.Module):
     "net(z, u) as unet(sample, timestep)."
     def __init__(self, net, times, shape):
@@ -276,22 +375,31 @@ class _UNet(nn.Module):
 
     def forward(self, sample, timestep, return_dict=True):
         if self.times.device != sample.device: self.times = self.times.to(sample.device)
-        k = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-        _require_whole(k)
-        y_hat = self.net(sample, self.times[k.long()].to(sample))
+        k = _checked_timesteps(timestep, len(sample), len(self.times), sample.device)
+        dtype = torch.promote_types(sample.dtype, getattr(self.net, 'time_dtype', sample.dtype))
+        y_hat = self.net(sample, self.times[k].to(dtype))
+        _require_prediction(y_hat, sample)
         return SimpleNamespace(sample=y_hat) if return_dict else (y_hat,)
 
-def as_unet(net,            # net(z, u)
+# %% ../nbs/library/45_interop.ipynb #10144a3a
+@typed
+def as_unet(net: Callable,  # net(z, u)
             schedule,       # the chain whose timesteps it will be given: name, class or instance
             shape,          # of one example: (channels, height, width)
-           ) -> nn.Module:  # unet(sample, timestep).sample; raises ValueError
+           ) -> nn.Module:  # unet(sample, timestep).sample; raises TypeError or ValueError
     "A network of this library as one of diffusers."
     chain = instance(SCHEDULES, schedule, 'schedule', Schedule)
     _require_timesteps(chain)
-    return _UNet(net, _times(chain), [number('shape', d, low=1, integer=True) for d in shape])
+    return _UNet(net, _times(chain), _checked_shape(shape))
 
 def _require_timesteps(schedule):
     "Raise ValueError if a schedule is a path."
     if not schedule.steps:
         raise ValueError(f"{schedule!r} has no timesteps. "
                          f"See it at T times: DiscreteSchedule(schedule={schedule.name!r}).")
+
+def _checked_shape(shape):
+    "The shape of one example as whole numbers."
+    if not isinstance(shape, tuple | list) or not shape:
+        raise TypeError(f"shape must be (channels, height, width), not {shown(shape)}.")
+    return [number('shape', d, low=1, integer=True) for d in shape]

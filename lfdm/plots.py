@@ -20,13 +20,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 import torch
-from PIL import Image
+from matplotlib.axes import Axes
+from matplotlib.colors import is_color_like
+from matplotlib.figure import Figure
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from .core import write_whole
+from .core import Numeric, lookup, number, seeded, shown, typed, write_whole
+from .data import Dataset
 from .evaluation import floor_per_logsnr
-from .folders import place, suffixed
-from .images.data import image_grid, quantize, scaled
+from .folders import checked_scale, place, suffixed
+from .images.data import ImageSet, image_grid, quantize, scaled
+from .schedules import Schedule
 
 # %% ../nbs/library/99_plots.ipynb #b53b8d65
 _palette = sns.color_palette('colorblind').as_hex()
@@ -57,57 +62,66 @@ ANONYMOUS = {'png': {'Software': None}, 'svg': {'Date': None, 'Creator': None}}
 DPI = {'png': 180, 'svg': 110}   # an SVG's is that of scattered points, which are one image in it
 
 # %% ../nbs/library/99_plots.ipynb #320b2cf4
-def freeze_layout(fig,              # a figure
+@typed
+def freeze_layout(fig: Figure,      # a figure
                   rounds: int = 4,  # of drawing, after which the axes stand still
                  ):
     "Compute the layout now and keep it: each drawing would move the axes a little, for a few rounds."
     with plt.rc_context(STABLE):
         if fig.get_layout_engine() is not None:
-            for _ in range(rounds): fig.draw_without_rendering()
+            for _ in range(number('rounds', rounds, 1, 100, integer=True)): fig.draw_without_rendering()
         fig.set_layout_engine('none')
 
 # %% ../nbs/library/99_plots.ipynb #5a59627c
-def shrunk(file,              # a PNG file
+@typed
+def shrunk(file: str | Path | io.BytesIO,  # a PNG file; raises ValueError if it is none
            description: str,  # stored inside
           ) -> bytes:         # a PNG of 256 colours, a third of the size
     "A PNG with a palette."
     text = PngInfo()
     text.add_text('Description', description)
-    with Image.open(file, formats=['PNG']) as image, io.BytesIO() as small:
+    with _opened(file) as image, io.BytesIO() as small:
         few = image.convert('RGB').quantize(256, dither=Image.Dither.NONE)
-        few.save(small, 'png', optimize=True, pnginfo=text, dpi=image.info['dpi'])
+        few.save(small, 'png', optimize=True, pnginfo=text, dpi=image.info.get('dpi', (DPI['png'],) * 2))
         return small.getvalue()
 
+def _opened(file):
+    "A PNG file, as an image; no other format is tried."
+    try: return Image.open(file, formats=['PNG'])
+    except UnidentifiedImageError: raise ValueError(f'file must be a PNG, not {shown(file)}.') from None
+
 # %% ../nbs/library/99_plots.ipynb #4eea6d14
-def render(fig,               # a figure
+@typed
+def render(fig: Figure,       # a figure
            form: str,         # 'png' or 'svg'
            description: str,  # stored inside, in ASCII
           ) -> bytes:         # the same for the same figure
     "A figure as the bytes of a file."
-    metadata = ANONYMOUS[form] | {'Description': description}
+    metadata = lookup(ANONYMOUS, form, 'form') | {'Description': description}
     with plt.rc_context(STABLE), io.BytesIO() as file:
         fig.savefig(file, format=form, dpi=DPI[form], metadata=metadata)
         return shrunk(file, description) if form == 'png' else file.getvalue()
 
 # %% ../nbs/library/99_plots.ipynb #8c157d37
 def _require_name(name):
-    if not isinstance(name, str) or not re.fullmatch('[a-z0-9]+([-_][a-z0-9]+)*', name):
+    if not isinstance(name, str) or not re.fullmatch('[a-z0-9]+([-_][a-z0-9]+)*', name) or len(name) > 100:
         raise ValueError("a figure's name is made of small letters and digits, joined by - or _, "
-                         f"not {name!r}.")
+                         f"not {shown(name)}.")
 
+@typed
 def describe(name: str,         # the figure's
              parameters: dict,  # what made it
              scale: str,        # one of SCALES
             ) -> str:           # JSON in ASCII; raises ValueError or TypeError
     "What is stored inside a figure's file."
     _require_name(name)
-    if not isinstance(parameters, dict):
-        raise TypeError(f"a figure's parameters must be a dict, not {parameters!r:.60}.")
-    try: return json.dumps({'figure': name, 'scale': scale, 'parameters': parameters}, allow_nan=False)
-    except (TypeError, ValueError) as e:
-        raise type(e)(f"the parameters of figure {name!r} must be what JSON can hold: {e}.") from None
+    content = {'figure': name, 'scale': checked_scale(scale), 'parameters': parameters}
+    try: return json.dumps(content, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as e:
+        kind = TypeError if isinstance(e, TypeError) else ValueError
+        raise kind(f"the parameters of figure {name!r} must be what JSON can hold: {e!s:.80}.") from None
 
-# %% ../nbs/library/99_plots.ipynb #713cb066
+# %% ../nbs/library/99_plots.ipynb #5a5c0bf0
 def _tell_scale(fig, scale, reduced):
     "Write the scale in the corner of a figure, once, unless it is full."
     if scale == 'full' or any(t.get_gid() == 'scale' for t in fig.texts): return
@@ -115,16 +129,18 @@ def _tell_scale(fig, scale, reduced):
     title = fig.suptitle(text, ha='left', size='small', color='gray', gid='scale')
     title.set_x(0)   # now: at x=0 from the start it gets no space of its own
 
-def save_figure(fig,                  # what to save
+# %% ../nbs/library/99_plots.ipynb #713cb066
+@typed
+def save_figure(fig: Figure,          # what to save
                 name: str,            # e.g. 'fig-3-2': small letters and digits, joined by - or _
                 parameters: dict,     # what made it: anything JSON can hold
-                folder=None,          # where to; default: `place('figures', scale)`
+                folder: str | Path = None,  # where to; default: `place('figures', scale)`
                 scale: str = 'full',  # one of SCALES; if not full, the figure and its file name say it
                 reduced: str = '',    # what the smaller scale leaves out, written beside it
                ) -> list:             # the paths of the PNG and the SVG
     "Save a figure as PNG and SVG with its parameters inside; bad input raises ValueError or TypeError first."
-    default = place('figures', scale)
-    folder, description = Path(folder or default), describe(name, parameters, scale)
+    description = describe(name, parameters, scale)
+    folder = Path(folder or place('figures', scale))
     _tell_scale(fig, scale, reduced)
     freeze_layout(fig, 1 if scale == 'smoke' else 4)
     content = {form: render(fig, form, description) for form in ANONYMOUS}
@@ -135,34 +151,42 @@ def save_figure(fig,                  # what to save
     return paths
 
 # %% ../nbs/library/99_plots.ipynb #3c21a0c2
-def figure_record(path,      # a PNG or SVG that `save_figure` wrote
+@typed
+def figure_record(path: str | Path,  # a PNG or SVG that `save_figure` wrote
                  ) -> dict:  # 'figure', 'scale' and 'parameters'; raises ValueError if the file holds none
     "What a figure's file says about how it was made."
-    if Path(path).suffix == '.png':
-        with Image.open(path, formats=['PNG']) as image: description = image.info.get('Description')
-    else: description = ElementTree.parse(path).findtext('.//{http://purl.org/dc/elements/1.1/}description')
-    if not description:
-        raise ValueError(f"{path} does not say how it was made: `save_figure` did not write it.")
-    return json.loads(description)
+    path = Path(path)
+    try:
+        if path.suffix == '.png':
+            with _opened(path) as image: description = image.info['Description']
+        else:
+            dublin_core = '{http://purl.org/dc/elements/1.1/}'
+            description = ElementTree.parse(path).findtext(f'.//{dublin_core}description')
+        found = json.loads(description)
+        return {k: found[k] for k in ('figure', 'scale', 'parameters')}
+    except (ValueError, KeyError, TypeError, SyntaxError):   # SyntaxError: no SVG
+        raise ValueError(f'path {path} does not say how it was made: save_figure did not write it.') from None
 
 # %% ../nbs/library/99_plots.ipynb #11c96bae
-def show(fig,            # a figure; it is closed
+@typed
+def show(fig: Figure,    # a figure; it is closed
          dpi: int = 85,  # dots per inch
         ):
     "Show a figure in a notebook in a hundred kilobytes or less."
     from IPython.display import Image as Shown, display
     with io.BytesIO() as file:
-        fig.savefig(file, format='png', dpi=dpi)
+        fig.savefig(file, format='png', dpi=number('dpi', dpi, 10, 1000, integer=True))
         plt.close(fig)
         display(Shown(shrunk(file, '')))
 
 # %% ../nbs/library/99_plots.ipynb #e4df1f08
-def keep(fig,             # a figure; it is closed
+@typed
+def keep(fig: Figure,     # a figure; it is closed
          name: str,       # as in `save_figure`
          common: dict,    # what made all figures of the notebook
          scale: str,      # one of SCALES
-         reduced='',      # as in `save_figure`
-         folder=None,     # as in `save_figure`
+         reduced: str = '',          # as in `save_figure`
+         folder: str | Path = None,  # as in `save_figure`
          **parameters,    # what made this one
         ):
     "Save a figure with what made it, and show it unless the scale is smoke: nobody looks at that."
@@ -171,7 +195,8 @@ def keep(fig,             # a figure; it is closed
     else: show(fig)
 
 # %% ../nbs/library/99_plots.ipynb #2875bad9
-def scatter(ax,                    # where to draw
+@typed
+def scatter(ax: Axes,              # where to draw
             x: torch.Tensor,       # points, shape (n, 2)
             color=COLORS['data'],  # of the points
             limit: float = 3.,     # half the side of the square shown
@@ -180,76 +205,115 @@ def scatter(ax,                    # where to draw
             opacity: float = 0.5,  # of a point
            ):                      # the axes
     "A square scatter plot of 2D points."
+    _require_points('x', x)
+    limit, size = number('limit', limit, 0, 1e30, above=True), number('size', size, 0, 1e6)
     side, ticks = (-limit, limit), [-2, 0, 2]
-    ax.scatter(*x.cpu().T, s=size, lw=0, alpha=opacity, color=color, rasterized=True)
+    ax.scatter(*x.cpu().T, s=size, lw=0, alpha=number('opacity', opacity, 0, 1), color=_checked_color(color),
+               rasterized=True)
     ax.set(xlim=side, ylim=side, aspect='equal', xticks=ticks, yticks=ticks, title=title)
     return ax
 
+def _require_points(name, x):
+    "Raise ValueError unless these are points of the plane."
+    if x.ndim != 2 or x.shape[1] != 2 or x.is_meta:
+        raise ValueError(f'{name} must be points, shape (n, 2), not {shown(x)}.')
+
+def _checked_color(color):
+    "A color that matplotlib knows; raises ValueError."
+    if not is_color_like(color): raise ValueError(f"color must be one such as '#444444', not {shown(color)}.")
+    return color
+
 # %% ../nbs/library/99_plots.ipynb #7a5ac2a0
-def band(ax,       # where to draw
-         x,        # shape (k,)
-         values,   # shape (seeds, k)
-         **style,  # of the line
-        ):         # the line
+@typed
+def band(ax: Axes,  # where to draw
+         x,         # shape (k,)
+         values,    # shape (seeds, k)
+         **style,   # of the line
+        ):          # the line
     "A curve: the mean over seeds as a line, their range as a band."
+    x, values = _checked_array('x', x), _checked_array('values', values)
+    if values.ndim != 2 or not len(values) or x.shape != values.shape[1:]:
+        raise ValueError(f'values must be of shape (seeds, k) for x of (k,), not {values.shape}, {x.shape}.')
     line, = ax.plot(x, np.mean(values, 0), **style)
     ax.fill_between(x, np.min(values, 0), np.max(values, 0), color=line.get_color(), alpha=0.25, lw=0)
     return line
 
+def _checked_array(name, value):
+    "Numbers as an array; raises TypeError."
+    try: array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError): array = np.asarray(None)
+    if array.dtype.kind not in 'iuf': raise TypeError(f'{name} must be numbers, not {shown(value)}.')
+    return array
+
 # %% ../nbs/library/99_plots.ipynb #9c30c6cb
-def forward_row(axes,                  # one for each time
-                dataset,               # the data set
-                schedule,              # an instance
-                times,                 # t in [0, 1], one for each of the axes
+@typed
+def forward_row(axes: list | np.ndarray,  # one for each time
+                dataset: Dataset,      # the data set
+                schedule: Schedule,    # an instance
+                times: list,           # t in [0, 1], one for each of the axes
                 n: int = 2000,         # points
                 seed: int = 0,         # of data and noise
                 color=COLORS['data'],  # of the points
                ) -> list:              # the noise levels, one for each time
     "Draw z = αx + σε at several times, each scaled to unit variance."
-    x = dataset.sample(n, seed)
-    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
+    if len(axes) != len(times): raise ValueError(f'{len(axes)} axes need as many times, not {len(times)}.')
+    times, x = _checked_times(times), dataset.sample(n, seed)
+    eps = torch.randn(x.shape, generator=seeded(seed))
     levels = [schedule.level(torch.tensor(t)) for t in times]
     for ax, (_, alpha, sigma) in zip(axes, levels):
         scatter(ax, (alpha * x + sigma * eps) / (alpha**2 + sigma**2)**0.5, color)
     return levels
 
+def _checked_times(times):
+    "Times from 0 to 1; raises TypeError or ValueError."
+    if not len(times): raise ValueError('times must be one or more numbers from 0 to 1.')
+    return [number('each of times', t, 0, 1) for t in times]
+
 # %% ../nbs/library/99_plots.ipynb #d008742f
-def plot_forward(dataset,        # the data set
-                 schedule,       # an instance
-                 times=(0., 0.25, 0.5, 0.75, 1.),  # shown from left to right
+@typed
+def plot_forward(dataset: Dataset,    # the data set
+                 schedule: Schedule,  # an instance
+                 times: list = (0., 0.25, 0.5, 0.75, 1.),  # shown from left to right
                  n: int = 2000,  # points
                  seed: int = 0,  # of data and noise
                 ):               # the figure
     "The data as noise takes over, z = αx + σε, each scaled to unit variance."
-    fig, axes = plt.subplots(1, len(times), figsize=(1.9 * len(times), 2.3), sharex=True, sharey=True)
-    levels = forward_row(axes, dataset, schedule, times, n, seed)
-    for ax, t, level in zip(axes, times, levels):
+    times, _ = _checked_times(times), (number('n', n, 1, integer=True), seeded(seed))
+    fig, axes = plt.subplots(1, len(times), figsize=(1.9 * len(times), 2.3), sharex=True, sharey=True,
+                             squeeze=False)
+    levels = forward_row(axes[0], dataset, schedule, times, n, seed)
+    for ax, t, level in zip(axes[0], times, levels):
         ax.set(title=f't = {t:g},  λ = {level.logsnr:.1f}', xlabel='$z_1$')
-    axes[0].set_ylabel('$z_2$')
+    axes[0, 0].set_ylabel('$z_2$')
     return fig
 
-# %% ../nbs/library/99_plots.ipynb #5627f9ff
+# %% ../nbs/library/99_plots.ipynb #852bb541
 def _density(dataset, alpha, sigma, axis):
     "The density of the noisy data on a square grid, over its largest value."
     q = dataset.log_prob_at(torch.cartesian_prod(axis, axis), alpha, sigma).exp()
     return (q / q.max()).reshape(len(axis), len(axis))
 
-def score_field(ax,                  # where to draw
-                dataset,             # the data set
-                alpha,               # the noise level's signal scale, a number or a tensor of one
-                sigma,               # its noise scale
+# %% ../nbs/library/99_plots.ipynb #5627f9ff
+@typed
+def score_field(ax: Axes,            # where to draw
+                dataset: Dataset,    # the data set
+                alpha: Numeric,      # the noise level's signal scale, a number or a tensor of one
+                sigma: Numeric,      # its noise scale
                 z: torch.Tensor,     # where the arrows start: a square grid, shape (n², 2)
-                score,               # the arrows, z's shape
+                score: torch.Tensor, # the arrows, z's shape
                 pixels: int = 161,   # along each side of the density's image
                 limit: float = 2.6,  # half the side
                ):                    # the axes
     "Scores as arrows over the exact density of the noisy data."
+    _require_points('z', z); _require_points('score', score)
+    if z.shape != score.shape: raise ValueError(f'score must have one row for each of {len(z)} points.')
+    limit = number('limit', limit, 0, 1e30, above=True)
+    pixels = number('pixels', pixels, 2, 10_000, integer=True)
     axis = torch.linspace(-limit, limit, pixels, dtype=torch.float64)
     shades = _density(dataset, alpha, sigma, axis).sqrt().T
     levels = np.linspace(0.1, 1, 6)
     ax.contourf(axis, axis, shades, levels=levels, cmap='Greys', vmin=-0.1, vmax=1.8).set_rasterized(True)
-    z, arrows = torch.as_tensor(z), torch.as_tensor(score)
-    arrows = arrows / arrows.norm(dim=1, keepdim=True).sqrt()
+    arrows = score / score.norm(dim=1, keepdim=True).sqrt()
     arrows = arrows / arrows.norm(dim=1).max()
     drawn = ax.quiver(*z.T, *arrows.T, color=COLORS['score'], width=0.008, angles='xy', clip_on=False,
                       scale_units='xy', scale=len(z)**0.5 / (3.4 * limit))
@@ -259,6 +323,11 @@ def score_field(ax,                  # where to draw
     return ax
 
 # %% ../nbs/library/99_plots.ipynb #d6594e84
+def _require_run(run):
+    "Raise TypeError unless it has what a finished run has. (Runs lie above this module.)"
+    if any(not hasattr(run, what) for what in ('parameters', 'metrics', 'summary', 'samples', 'dataset')):
+        raise TypeError(f'run must be a finished run, not {shown(run)}.')
+
 def _plot_excess(ax, epochs, run, color):
     floor = run.summary['floor']
     ax.semilogy(epochs, [100 * m['excess'] / floor for m in run.metrics], color=color)
@@ -267,6 +336,7 @@ def _plot_excess(ax, epochs, run, color):
 def plot_loss(run,  # a finished run
              ):     # the figure
     "Test loss over epochs with its floor, and the excess over the floor on a log scale."
+    _require_run(run)
     p, floor = run.parameters, run.summary.get('floor')
     columns = 1 if floor is None else 2
     fig, axes = plt.subplots(1, columns, figsize=(4 * columns, 2.8), squeeze=False)
@@ -292,30 +362,35 @@ def _plot_floor(ax, run):
     floor = floor_per_logsnr(run.loss, run.dataset, k)
     ax.plot(k, floor, color=COLORS['floor'], ls='--', lw=1, label='floor')
 
-def plot_loss_per_logsnr(run,            # a finished run
-                         epochs=(1, 5),  # shown beside the last
-                        ):               # the figure
+@typed
+def plot_loss_per_logsnr(run,                  # a finished run
+                         epochs: list = (1, 5),  # shown beside the last
+                        ):                     # the figure
     "The test loss per unit of λ at several epochs over its floor, and the excess."
+    _require_run(run)
+    epochs = [number('each of epochs', e, 0, integer=True) for e in epochs]
     s, metrics, last = run.loss.schedule, run.metrics, len(run.metrics) - 1
     columns = 1 + ('excess_per_logsnr' in metrics[0])
     fig, axes = plt.subplots(1, columns, figsize=(4 * columns, 2.8), squeeze=False)
-    shown = sorted({e for e in epochs if e <= last} | {last})
+    drawn = sorted({e for e in epochs if e <= last} | {last})
     edges = np.linspace(s.logsnr_min, s.logsnr_max, len(metrics[0]['loss_per_logsnr']) + 1)
     for ax, what in zip(axes[0], ('loss', 'excess')):
-        for i, e in enumerate(shown, 1):
+        for i, e in enumerate(drawn, 1):
             ax.stairs(metrics[e][f'{what}_per_logsnr'], edges, color=COLORS[run.parameters.target],
-                      lw=1.5, alpha=i / len(shown), label=f'epoch {e}')
+                      lw=1.5, alpha=i / len(drawn), label=f'epoch {e}')
         ax.set(xlabel='log-SNR $\\lambda$', ylabel=f'{what} per unit of $\\lambda$')
     if 'floor' in run.summary: _plot_floor(axes[0, 0], run)
     axes[0, 0].legend()
     return fig
 
 # %% ../nbs/library/99_plots.ipynb #cadc4b7a
+@typed
 def plot_samples(run,            # a finished run
                  n: int = 2000,  # points of each
                 ):               # the figure
     "Data, samples, and both on top of each other."
-    p = run.parameters
+    _require_run(run)
+    n, p = number('n', n, 1, integer=True), run.parameters
     real, fake = run.dataset.sample(n, seed=1, split='test'), run.samples[:n]
     fig, axes = plt.subplots(1, 3, figsize=(8, 2.8), sharex=True, sharey=True)
     scatter(axes[0], real, title='data')
@@ -327,7 +402,8 @@ def plot_samples(run,            # a finished run
     return fig
 
 # %% ../nbs/library/99_plots.ipynb #94b4946b
-def show_images(ax,                    # where to draw
+@typed
+def show_images(ax: Axes,              # where to draw
                 images: torch.Tensor,  # bytes, shape (n, C, H, W)
                 columns: int = 10,     # images in a row
                 levels: int = 256,     # of a pixel
@@ -341,29 +417,33 @@ def show_images(ax,                    # where to draw
     return ax
 
 # %% ../nbs/library/99_plots.ipynb #2cfa1c7d
-def plot_noisy_images(images,         # an ImageSet
-                      schedule,       # an instance
-                      times=(0., 0.2, 0.4, 0.6, 0.8, 1.),  # shown from left to right
+@typed
+def plot_noisy_images(images: ImageSet,    # the images
+                      schedule: Schedule,  # an instance
+                      times: list = (0., 0.2, 0.4, 0.6, 0.8, 1.),  # shown from left to right
                       n: int = 4,     # images
                       seed: int = 0,  # of the noise
                      ):               # the figure
     "Images as noise takes over, z = αx + σε."
+    times, n = _checked_times(times), number('n', n, 1, integer=True)
     x = scaled(images.test()[:n], images.levels)
-    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
-    fig, axes = plt.subplots(1, len(times), figsize=(1.25 * len(times), 1.2 * n))
-    for ax, t in zip(axes, times):
+    eps = torch.randn(x.shape, generator=seeded(seed))
+    fig, axes = plt.subplots(1, len(times), figsize=(1.25 * len(times), 1.2 * n), squeeze=False)
+    for ax, t in zip(axes[0], times):
         level = schedule.level(torch.tensor(t))
         z = (level.alpha * x + level.sigma * eps) / level.scale
         show_images(ax, quantize(z, 256), 1, title=f'λ = {level.logsnr:.1f}')
     return fig
 
 # %% ../nbs/library/99_plots.ipynb #f7e53c59
+@typed
 def plot_image_samples(run,                # a finished run on images
                        n: int = 100,       # images of each
                        columns: int = 10,  # images in a row
                       ):                   # the figure
     "Data and samples."
-    p = run.parameters
+    _require_run(run)
+    n, p = number('n', n, 1, integer=True), run.parameters
     title = f'{p.target}, {p.weighting}: {p.sampler}, {p.sample_steps} steps'
     fig, axes = plt.subplots(1, 2, figsize=(8, 4.2))
     show_images(axes[0], run.dataset.train()[:n], columns, p.levels, 'data')

@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['DIRECTIONS', 'OBJECTIVES', 'require_differentiable', 'divergence', 'projected_divergence', 'probe_vectors',
-           'checked_score', 'Objective', 'Explicit', 'Denoising', 'Implicit', 'Hutchinson', 'Sliced', 'require_fixed',
-           'checked_levels', 'ScoreMatchingLoss', 'ScaledScore']
+           'checked_kind', 'checked_score', 'Objective', 'Explicit', 'Denoising', 'Implicit', 'Hutchinson', 'Sliced',
+           'require_fixed', 'checked_levels', 'ScoreMatchingLoss', 'ScaledScore']
 
 # %% ../nbs/library/55_score_matching.ipynb #c7e55815
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 from torch import nn
 
-from .core import expand, instance, lookup
-from .losses import DiffusionLoss, predict
+from .core import Numeric, expand, instance, lookup, shown, typed
+from .losses import DiffusionLoss, predict, require_batch, require_shape
 from .schedules import Level
+from .targets import checked_like, widened
 
 # %% ../nbs/library/55_score_matching.ipynb #8f0aeb86
 def require_differentiable(yes: bool,      # do gradients reach the input?
@@ -24,9 +28,12 @@ def require_differentiable(yes: bool,      # do gradients reach the input?
                                  "this one's output does not depend on it" + hint)
 
 def _traced(f, z):
-    "z that gradients reach, and f(z)."
+    "z that gradients reach, and f(z); raises TypeError or ValueError unless it is like z."
+    require_batch('z', z)
     z = z.detach().requires_grad_()
     with torch.enable_grad(): y = f(z)
+    if not torch.is_tensor(y): raise TypeError(f'f must return a tensor, not {shown(y)}.')
+    if y.shape != z.shape: raise ValueError(f'f must return shape {tuple(z.shape)}, not {tuple(y.shape)}.')
     require_differentiable(y.requires_grad, " (is something detached, rounded, or computed under no_grad?).")
     return z, y
 
@@ -37,7 +44,8 @@ def _pulled(y, z, u, keep):
     require_differentiable(g is not None, '.')
     return g
 
-def divergence(f,               # z -> f(z), of z's shape
+@typed
+def divergence(f: Callable,     # z -> f(z), of z's shape
                z: torch.Tensor, # where, shape (n, ...)
               ) -> tuple:       # (f(z), Tr ∂f/∂z of shape (n,)); raises ValueError if f is not differentiable
     "A field and its divergence, by D backward passes; thesis (3.37, 3.38)."
@@ -48,13 +56,15 @@ def divergence(f,               # z -> f(z), of z's shape
         trace = trace + _pulled(y, z, unit, True).flatten(1)[:, i]
     return (y, trace) if torch.is_grad_enabled() else (y.detach(), trace)
 
-def projected_divergence(f,               # z -> f(z), of z's shape
+@typed
+def projected_divergence(f: Callable,     # z -> f(z), of z's shape
                          z: torch.Tensor, # where, shape (n, ...)
                          u: torch.Tensor, # directions with E[uuᵀ] = I, z's shape
                         ) -> tuple:       # (f(z), uᵀ(∂f/∂z)u of shape (n,)); raises ValueError, as above
     "A field and Hutchinson's estimate of its divergence, by one backward pass; thesis (3.40)."
+    require_shape('u', u, 'z', z)
     z, y = _traced(f, z)
-    trace = (_pulled(y, z, u, None) * u).flatten(1).sum(1)
+    trace = (_pulled(y, z, u.to(z.dtype), None) * u).flatten(1).sum(1)
     return (y, trace) if torch.is_grad_enabled() else (y.detach(), trace)
 
 # %% ../nbs/library/55_score_matching.ipynb #882dcf64
@@ -70,12 +80,20 @@ def _sphere(z, generator):
 
 DIRECTIONS = {'normal': _normal, 'sign': _sign, 'sphere': _sphere}
 
+@typed
 def probe_vectors(z: torch.Tensor,    # whose shape they have, (n, ...)
-                  kind: str = 'sign', # 'normal', random 'sign's, or uniform on the 'sphere' of radius √D
+                  kind='sign',        # 'normal', random 'sign's, or uniform on the 'sphere' of radius √D
                   generator: torch.Generator = None, # source; default: torch's own
                  ) -> torch.Tensor:   # u, z's shape; raises ValueError on an unknown kind
     "Random directions with E[uuᵀ] = I."
-    return lookup(DIRECTIONS, kind, 'kind of directions')(z, generator)
+    require_batch('z', z)
+    return DIRECTIONS[checked_kind(kind)](z, generator)
+
+def checked_kind(kind,  # a name in DIRECTIONS
+                ):      # the same; raises ValueError
+    "A kind of directions."
+    lookup(DIRECTIONS, kind, 'kind of directions')
+    return kind
 
 # %% ../nbs/library/55_score_matching.ipynb #55b4a3b2
 def checked_score(exact,  # exact(z, alpha, sigma) -> ∇log q(z)
@@ -86,19 +104,32 @@ def checked_score(exact,  # exact(z, alpha, sigma) -> ∇log q(z)
 
 def _mean_square(a): return a.square().flatten(1).mean(1)
 
+def _of_batch(value):
+    "The value of an objective, of z and y that are checked."
+    @wraps(value)
+    def inside(self, score, z, y, *args, **kwargs):
+        require_batch('z', z)
+        require_shape('y', y, 'z', z)
+        return value(self, score, z, y, *args, **kwargs)
+    return inside
+
 class Objective:
     "How a guess of the score is judged. All have the mean E(s - ŝ)² over dimensions, up to a constant."
     name = None
 
     def value(self,
-              score,            # z -> ŝ
+              score: Callable,  # z -> ŝ
               z: torch.Tensor,  # noisy data, shape (n, ...)
               y: torch.Tensor,  # -ε/σ, z's shape
-              level,            # (λ, α, σ), shaped to multiply z
-              generator,        # of random directions
+              level: Level,     # shaped to multiply z
+              generator: torch.Generator = None,  # of random directions; default: torch's own
              ) -> torch.Tensor: # one value per example, shape (n,)
         "What a subclass has to supply."
         raise NotImplementedError
+
+    def __init_subclass__(cls):
+        "Check what is given to a subclass."
+        cls.value = checked_like(Objective.value, _of_batch(cls.value))
 
     def __repr__(self): return f"{type(self).__name__}()"
 
@@ -111,14 +142,14 @@ class Explicit(Objective):
                 ):           # raises ValueError without it
         self.exact = checked_score(exact)
 
-    def value(self, score, z, y, level, generator):
+    def value(self, score, z, y, level, generator=None):
         return _mean_square(self.exact(z, level.alpha, level.sigma) - score(z))
 
 class Denoising(Objective):
     "The squared distance to the score of q(z given x), over D; thesis (3.44)."
     name = 'denoising'
 
-    def value(self, score, z, y, level, generator):
+    def value(self, score, z, y, level, generator=None):
         return _mean_square(y - score(z))
 
 # %% ../nbs/library/55_score_matching.ipynb #3baefe0a
@@ -126,7 +157,7 @@ class Implicit(Objective):
     "‖ŝ‖² + 2 Tr ∇ŝ, over D; thesis (3.36)."
     name = 'implicit'
 
-    def value(self, score, z, y, level, generator):
+    def value(self, score, z, y, level, generator=None):
         s_hat, trace = divergence(score, z)
         return _mean_square(s_hat) + 2 * trace / z[0].numel()
 
@@ -134,9 +165,9 @@ class Hutchinson(Objective):
     "‖ŝ‖² + 2 uᵀ∇ŝu, over D: implicit score matching with the trace estimated; thesis (3.36) with (3.40)."
     name = 'hutchinson'
 
-    def __init__(self, kind: str = 'sign'): self.kind = kind  # a name in DIRECTIONS
+    def __init__(self, kind: str = 'sign'): self.kind = checked_kind(kind)  # a name in DIRECTIONS
 
-    def value(self, score, z, y, level, generator):
+    def value(self, score, z, y, level, generator=None):
         s_hat, trace = projected_divergence(score, z, probe_vectors(z, self.kind, generator))
         return _mean_square(s_hat) + 2 * trace / z[0].numel()
 
@@ -144,9 +175,9 @@ class Sliced(Objective):
     "(uᵀŝ)² + 2 uᵀ∇ŝu, over D; thesis (3.40), with directions of E[uuᵀ] = I."
     name = 'sliced'
 
-    def __init__(self, kind: str = 'normal'): self.kind = kind  # a name in DIRECTIONS
+    def __init__(self, kind: str = 'normal'): self.kind = checked_kind(kind)  # a name in DIRECTIONS
 
-    def value(self, score, z, y, level, generator):
+    def value(self, score, z, y, level, generator=None):
         u = probe_vectors(z, self.kind, generator)
         s_hat, trace = projected_divergence(score, z, u)
         return ((u * s_hat).flatten(1).sum(1).square() + 2 * trace) / z[0].numel()
@@ -167,10 +198,11 @@ def checked_levels(levels,    # noise levels λ, a number or a list, or None
     "A list of noise levels."
     if levels is None: return None
     low, high = schedule.logsnr_min, schedule.logsnr_max
-    try: found = torch.as_tensor(levels, dtype=torch.float64).reshape(-1)
+    plain = not isinstance(levels, bool) and not (torch.is_tensor(levels) and levels.is_complex())
+    try: found = torch.as_tensor(levels if plain else [], dtype=torch.float64).reshape(-1)
     except (TypeError, ValueError, RuntimeError): found = torch.tensor([])
     if len(found) and ((found >= low) & (found <= high)).all(): return found
-    raise ValueError(f"levels must be noise levels λ from {low:g} to {high:g}, not {levels!r}.")
+    raise ValueError(f"levels must be noise levels λ from {low:g} to {high:g}, not {shown(levels)}.")
 
 class ScoreMatchingLoss(DiffusionLoss):
     "A score network's loss: objective × schedule × weighting. `loss(net, x)` gives one value per example."
@@ -185,18 +217,24 @@ class ScoreMatchingLoss(DiffusionLoss):
         self.objective = instance(OBJECTIVES, objective, 'objective', Objective)
         self.levels = checked_levels(levels, self.schedule)
 
-    def drawn(self, x, t=None, eps=None, generator=None):
+    @typed
+    def drawn(self, x: torch.Tensor, t: Numeric = None, eps: torch.Tensor = None,
+              generator: torch.Generator = None):
         "As DiffusionLoss; times from the list of levels, if there is one."
-        if t is None and self.levels is not None and torch.is_tensor(x):
+        require_batch('x', x)
+        if t is None and self.levels is not None:
             pick = torch.randint(len(self.levels), (len(x),), generator=generator, device=x.device)
-            t = self.schedule.t(self.levels).to(x)[pick]
+            t = self.schedule.t(self.levels).to(x.device, widened(x).dtype)[pick]
         return super().drawn(x, t, eps, generator)
 
-    def __call__(self, net, x, t=None, eps=None, generator=None):
+    @typed
+    def __call__(self, net: Callable, x: torch.Tensor, t: Numeric = None, eps: torch.Tensor = None,
+                 generator: torch.Generator = None):
         "The objective of each example, times the weighting's factor; thesis (3.30)-(3.45) without the ½."
         z, y, level = self.noisy(x, *self.drawn(x, t, eps, generator))
         level = Level(level.logsnr, expand(level.alpha, x), expand(level.sigma, x))
-        score = lambda z: predict(net, z, Level(level.logsnr, *(q.flatten() for q in level[1:])))
+        flat = Level(level.logsnr, *(q.flatten() for q in level[1:]))
+        score = lambda z: predict(net, z, flat, x.dtype).to(z.dtype)
         factor = self.weighting.factor(level.logsnr, self.schedule, self.target)
         return factor * self.objective.value(score, z, y, level, generator)
 
@@ -207,8 +245,9 @@ class ScoreMatchingLoss(DiffusionLoss):
 # %% ../nbs/library/55_score_matching.ipynb #58e572bc
 class ScaledScore(nn.Module):
     "A network whose output is divided by σ: it predicts a score with outputs of unit size."
+    @typed
     def __init__(self,
-                 net: nn.Module, # net(z, u) -> of z's shape
+                 net: Callable, # net(z, u) -> of z's shape
                 ):
         super().__init__()
         self.net = net

@@ -11,6 +11,11 @@ __all__ = ['NETWORKS', 'WAYS', 'CURVES', 'PER_LOGSNR', 'FIRST_SEED', 'SAMPLED', 
 import hashlib
 import io
 import json
+import math
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import lru_cache, partial
 from pathlib import Path
@@ -19,15 +24,17 @@ import numpy as np
 import torch
 from joblib import Parallel, delayed
 
-from .core import unknown, write_whole
+from .core import instance, lookup, number, shown, typed, unknown, write_whole
+from .data import Dataset
 from .evaluation import judge, sliced_wasserstein
-from .folders import place, runs_root, suffixed
+from .folders import checked_name, place, runs_root, suffixed
 from .grids import grid, make_grid
 from .losses import DiffusionLoss
 from .parameters import RESULTS_VERSION, Parameters
 from .runs import Run, folder_of, load_run
 from .sampling import sample
-from .schedules import SCHEDULES
+from .schedules import SCHEDULES, Schedule
+from .steps import Denoiser
 
 # %% ../nbs/library/98_studies.ipynb #47727d52
 _SETS = ['cluster', 'ring', 'swiss', 'waves']
@@ -38,50 +45,77 @@ NETWORKS = {  # scale -> the axes of the thesis's networks, without target and w
                   sample_steps=8, n_samples=60)}
 
 # %% ../nbs/library/98_studies.ipynb #2efac08a
-def error_variance(run: Run,       # a finished run
-                   times,          # t in (0, 1), shape (k,)
-                   n: int = 8000,  # draws of data and noise at each time
-                  ) -> torch.Tensor:  # (k,): variance over data and noise
+@typed
+def error_variance(run: Run,             # a finished run
+                   times: torch.Tensor,  # t in [0, 1], shape (k,)
+                   n: int = 8000,        # draws of data and noise at each time
+                  ) -> torch.Tensor:     # (k,): variance over data and noise
     "The variance of the target's squared error (a mean over dimensions) at each time; thesis, figure 4.11."
+    times, n = _checked_times(times), number('n', n, low=2, integer=True)
     seed = run.parameters.seed
     loss = DiffusionLoss(run.loss.schedule, run.loss.target, 'weighted')
     x = run.dataset.sample(n, seed, 'test')
     eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        errors = [loss(run.net, x, t.to(x).expand(n), eps) for t in torch.as_tensor(times)]
+        errors = [loss(run.net, x, t.to(x).expand(n), eps) for t in times]
     return torch.stack([e.var() for e in errors])
 
 # %% ../nbs/library/98_studies.ipynb #716fe66b
+@typed
 def arrow_grid(arrows: int,         # along each side
                limit: float = 2.6,  # half the side
               ) -> torch.Tensor:    # (arrows², 2), float64
     "Points on a square grid, for fields of arrows."
+    arrows = number('arrows', arrows, 1, 1000, integer=True)
+    limit = number('limit', limit, 0, 1e30, above=True)
     axis = torch.linspace(-limit, limit, 2 * arrows + 1, dtype=torch.float64)[1::2]
     return torch.cartesian_prod(axis, axis)
 
 # %% ../nbs/library/98_studies.ipynb #f19260d5
+@typed
 def learned_score(run: Run,         # a finished run
                   z: torch.Tensor,  # where, shape (n, 2)
-                  logsnr: float,    # the noise level λ
+                  logsnr: float,    # the noise level λ, within the range of the run
                  ) -> torch.Tensor:  # (n, 2): -ε̂/σ
     "The score of the noisy data that a network of any target has learned."
     schedule = run.loss.schedule
+    _require_finite_points('z', z, run.dataset.dim)
+    number('logsnr', logsnr, schedule.logsnr_min, schedule.logsnr_max)
     level = schedule.level(schedule.t(torch.tensor(logsnr)))
     with torch.no_grad(): _, eps_hat = run.denoiser()(z.float(), level)
     return -eps_hat / level.sigma
 
-# %% ../nbs/library/98_studies.ipynb #89713861
+# %% ../nbs/library/98_studies.ipynb #2c66d94b
+def _checked_times(times):
+    "Times in [0, 1], one after the other; raises ValueError."
+    if times.ndim != 1 or not len(times) or times.is_meta or not ((times >= 0) & (times <= 1)).all():
+        raise ValueError(f'times must be one or more numbers from 0 to 1, not {shown(times)}.')
+    return times
+
+def _require_finite_points(name, x, dim):
+    "Raise ValueError unless these are points of so many dimensions, and all finite."
+    if x.ndim != 2 or x.shape[1] != dim or not len(x):
+        raise ValueError(f'{name} must be points, shape (n, {dim}), not {tuple(x.shape)}.')
+    if x.is_meta: raise ValueError(f'{name} must hold numbers, not {shown(x)}.')
+    bad = (~x.isfinite()).any(1).sum().item()
+    if bad: raise ValueError(f'{name} must be finite: {bad:,} of {len(x):,} points are not.')
+
+# %% ../nbs/library/98_studies.ipynb #f2d6310c
 @lru_cache
 def _rare_below(dataset, quantile, n=50_000):
     "The log-density that this share of the data lies below."
     return float(np.quantile(dataset.log_prob(dataset.sample(n, seed=2000)).numpy(), quantile))
 
-def outside(samples: torch.Tensor,   # generated, shape (n, D)
-            dataset,                 # the data set they imitate; its density must be known
+# %% ../nbs/library/98_studies.ipynb #89713861
+@typed
+def outside(samples: torch.Tensor,   # generated, shape (n, D); raises ValueError if they are not finite
+            dataset: Dataset,        # the data set they imitate; its density must be known
             quantile: float = 0.01,  # share of the data themselves
            ) -> float:               # share of the samples; `quantile` for perfect ones
     "Share of samples where the data are rare: below the given quantile of the data's own log-density."
-    return (dataset.log_prob(samples) < _rare_below(dataset, quantile)).double().mean().item()
+    _require_finite_points('samples', samples, dataset.dim)
+    rare = _rare_below(dataset, number('quantile', quantile, 0, 1, above=True))
+    return (dataset.log_prob(samples) < rare).double().mean().item()
 
 # %% ../nbs/library/98_studies.ipynb #4daf6b8b
 _COSINE = ('cosine', -9.6, 12.9)
@@ -94,9 +128,10 @@ WAYS = {  # 'sampler, evaluations' -> sampler, steps, (schedule, its range of λ
     'heun, 64': ('heun', 64, _COSINE),
     'edm, 18': ('edm', 18, _EDM)}
 
-# %% ../nbs/library/98_studies.ipynb #2077caeb
-def sample_quality(denoiser,            # denoiser(z, level) -> (x̂, ε̂)
-                   dataset,             # the data set it imitates
+# %% ../nbs/library/98_studies.ipynb #3eaf1225
+@typed
+def sample_quality(denoiser: Denoiser,  # denoiser(z, level) -> (x̂, ε̂)
+                   dataset: Dataset,    # the data set it imitates
                    sampler,             # a name in SAMPLERS, or a step function
                    steps: int,          # of the sampler
                    levels,              # the sampling schedule: an instance, or (name, λ_min, λ_max)
@@ -105,13 +140,27 @@ def sample_quality(denoiser,            # denoiser(z, level) -> (x̂, ε̂)
                    real: int = 20_000,  # real points compared with
                   ) -> np.ndarray:      # (sliced Wasserstein distance, share outside)
     "How good the samples of a denoiser are; inf where the samples stopped being finite."
-    schedule = SCHEDULES[levels[0]](*levels[1:]) if isinstance(levels, (tuple, list)) else levels
+    schedule, real = _checked_levels(levels), number('real', real, low=1, integer=True)
     try: samples = sample(denoiser, n, dataset.dim, steps, schedule, sampler, seed)
-    except (FloatingPointError, RuntimeError): return np.array([np.inf, np.inf])
+    except (FloatingPointError, RuntimeError) as e:
+        if not _is_divergence(e): raise
+        return np.array([np.inf, np.inf])
     distance = sliced_wasserstein(samples, dataset.sample(real, seed=1, split='test'))
     return np.array([distance, outside(samples, dataset)])
 
+# %% ../nbs/library/98_studies.ipynb #2077caeb
+def _checked_levels(levels):
+    "The sampling schedule: an instance, or from its name and the ends of its range."
+    if not isinstance(levels, (tuple, list)): return instance(SCHEDULES, levels, 'levels', Schedule)
+    if len(levels) != 3: raise ValueError(f'levels must be (name, λ_min, λ_max), not {shown(levels)}.')
+    return lookup(SCHEDULES, levels[0], 'schedule of levels:')(*levels[1:])
+
+def _is_divergence(error):
+    "Did the samples stop being finite, or the adaptive solver give up? Any other error is one of the caller."
+    return isinstance(error, FloatingPointError) or 'did not converge' in str(error)
+
 # %% ../nbs/library/98_studies.ipynb #9a4248f6
+@typed
 def network_quality(parameters: dict,  # of a finished run
                     study: str,        # its study
                     ways: list,        # names in WAYS
@@ -119,12 +168,16 @@ def network_quality(parameters: dict,  # of a finished run
                     real: int,         # real points compared with
                    ) -> dict:          # way -> (sliced Wasserstein distance, share outside)
     "How good a network's samples are, for each way to sample."
+    ways = {way: lookup(WAYS, way, 'way among the ways:') for way in ways}
+    for name in parameters:
+        if name not in Parameters.__dataclass_fields__:
+            raise ValueError(f"parameters: {unknown('parameter', name, Parameters.__dataclass_fields__)}")
     torch.set_num_threads(1)
     run = load_run(folder_of(*grid(**parameters), study))
     judged = partial(sample_quality, run.denoiser(), run.dataset, n=n, seed=run.parameters.seed, real=real)
-    return {way: judged(*WAYS[way]) for way in ways}
+    return {name: judged(*way) for name, way in ways.items()}
 
-# %% ../nbs/library/98_studies.ipynb #2ed1a999
+# %% ../nbs/library/98_studies.ipynb #5cbfbe88
 CURVES = ('loss', 'excess', 'nelbo_loss', 'nelbo_excess', 'rescaled_loss', 'rescaled_excess')  # over epochs
 PER_LOGSNR = ('loss_per_logsnr', 'excess_per_logsnr')  # at some epochs
 FIRST_SEED = ('samples', 'samples_few')                # kept for one seed only
@@ -135,6 +188,8 @@ def _quality(samples, dataset):
     distances = judge(samples, dataset, seed=1)
     return [distances[name]['value'] for name in SAMPLED[:-1]] + [outside(samples, dataset)]
 
+# %% ../nbs/library/98_studies.ipynb #2ed1a999
+@typed
 def measure(run: Run,      # a finished run
             steps: list,   # numbers of steps to sample with, beside the run's own
             epochs: list,  # at which the loss over λ is kept
@@ -145,6 +200,8 @@ def measure(run: Run,      # a finished run
            ) -> dict:      # name -> array
     "Everything about one run that tables and figures need."
     p, z = run.parameters, arrow_grid(arrows)
+    _require_settings(p, dict(steps=steps, epochs=epochs, times=times, points=points,
+                              arrows=arrows, logsnr=logsnr))
     def sampled(k): return run.samples if k == p.sample_steps else run.sample(p.n_samples, p.seed, k)
     samples = [(k, sampled(k)) for k in [*steps, p.sample_steps]]
     few = [s[:points // 2].half().numpy() for k, s in samples if k != p.sample_steps]
@@ -157,47 +214,92 @@ def measure(run: Run,      # a finished run
         'variance': error_variance(run, times).numpy(),
         'field': torch.stack([learned_score(run, z, k) for k in logsnr]).numpy()}
 
+# %% ../nbs/library/98_studies.ipynb #8185f19e
+def _require_settings(p, settings):
+    "Raise ValueError or TypeError unless runs of these parameters can be measured so."
+    schedule, whole = p.loss().schedule, ('steps', 'epochs', 'points', 'arrows')
+    ranges = {
+        'steps': (1, 10**6), 'epochs': (0, p.epochs), 'times': (0, 1), 'points': (2, 10**9),
+        'arrows': (1, 1000), 'logsnr': (schedule.logsnr_min, schedule.logsnr_max)}
+    for name in settings:
+        if name not in ranges: raise ValueError(f"settings: {unknown('setting', name, ranges)}")
+    for name, (low, high) in ranges.items():
+        if name not in settings: raise ValueError(f'settings must have {name!r}, and {", ".join(ranges)}.')
+        values, many = settings[name], name not in ('points', 'arrows')
+        if many and (not isinstance(values, (list, tuple)) or not values):
+            raise TypeError(f'{name} of the settings must be a list of numbers, not {shown(values)}.')
+        for k in values if many else [values]: number(name, k, low, high, integer=name in whole)
+    if set(settings['steps']) <= {p.sample_steps}:
+        raise ValueError(f"steps must hold another number than the run's own, {p.sample_steps}.")
+
 # %% ../nbs/library/98_studies.ipynb #aa7e00a9
-def npz_bytes(arrays: dict,  # name -> array
+@typed
+def npz_bytes(arrays: dict,  # name -> array of numbers or text
              ) -> bytes:     # of an .npz file
     "Arrays as the bytes of a file; the same for the same arrays."
+    for name, a in arrays.items(): _require_array('arrays', name, a)
     with io.BytesIO() as file:
         np.savez_compressed(file, **arrays)
         return file.getvalue()
 
+def _require_array(what, name, array):
+    "Raise TypeError unless it can be stored without pickle."
+    if not isinstance(name, str) or np.asarray(array).dtype.hasobject:
+        raise TypeError(f'{what} must be named arrays of numbers or text, not {shown({name: array})}.')
+
 def _write(path, content):
     with write_whole(path) as draft: draft.write_bytes(content)
 
-# %% ../nbs/library/98_studies.ipynb #5607f036
-def cached_arrays(path,     # of an .npz file
-                  make,     # make() -> dict of arrays
-                 ) -> dict:  # name -> array; raises OSError if the file cannot be written
+# %% ../nbs/library/98_studies.ipynb #2d00ae9c
+@typed
+def cached_arrays(path: str | Path,  # of an .npz file
+                  make: Callable,    # make() -> dict of arrays
+                 ) -> dict:          # name -> array; if the file cannot be written, a warning says so
     "Arrays from their file, made first if it is not there or damaged."
+    path = Path(path)
     try:
         with np.load(path) as f: return dict(f)
     except Exception: pass
-    arrays = {name: np.asarray(a) for name, a in make().items()}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, npz_bytes(arrays))
+    arrays = _made_by(make)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write(path, npz_bytes(arrays))
+    except OSError as e: warnings.warn(f'these measurements are not kept, for {path}: {e}', stacklevel=2)
+    return arrays
+
+# %% ../nbs/library/98_studies.ipynb #5607f036
+def _made_by(make):
+    "What it makes, as arrays."
+    made = make()
+    if not isinstance(made, dict): raise TypeError(f'make must return a dict of arrays, not {shown(made)}.')
+    arrays = {name: np.asarray(a) for name, a in made.items()}
+    for name, a in arrays.items(): _require_array('what make returns', name, a)
     return arrays
 
 # %% ../nbs/library/98_studies.ipynb #73c33b65
 def _digest(settings, length):
-    "Letters that stand for settings of plain values."
-    text = json.dumps([RESULTS_VERSION, settings], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
+    "Letters that stand for settings of plain values; raises TypeError."
+    if isinstance(settings, dict) and all(isinstance(name, str) for name in settings):
+        try: text = json.dumps([RESULTS_VERSION, settings], sort_keys=True)
+        except (TypeError, ValueError, RecursionError): pass
+        else: return hashlib.sha256(text.encode()).hexdigest()[:length]
+    raise TypeError(f'settings must be a dict of plain values by name, not {shown(settings)}.')
 
 # %% ../nbs/library/98_studies.ipynb #09fd135d
-def measured(folder,          # a finished run's
-             settings: dict,  # of `measure`
-            ) -> dict:        # name -> array
+@typed
+def measured(folder: str | Path,  # a finished run's
+             settings: dict,      # of `measure`
+            ) -> dict:            # name -> array
     "The measurements of a run: loaded if they are there, else made."
     folder = Path(folder)
     path = folder.parent / 'measured' / f'{folder.name}-{_digest(settings, 8)}.npz'
-    return cached_arrays(path, lambda: measure(load_run(folder), **settings))
+    def make():
+        run = load_run(folder)
+        _require_settings(run.parameters, settings)
+        return measure(run, **settings)
+    return cached_arrays(path, make)
 
-# %% ../nbs/library/98_studies.ipynb #3e7e0b57
+# %% ../nbs/library/98_studies.ipynb #58739c3c
 def _quiet(phase, done, total): "A progress that says nothing."
 
 def _in_turn(tasks, workers, progress):
@@ -209,27 +311,32 @@ def _in_turn(tasks, workers, progress):
         progress('measure', len(results), len(tasks))
     return results
 
+# %% ../nbs/library/98_studies.ipynb #3e7e0b57
+@typed
 def all_cached(study: str,        # whose they are
                scale: str,        # one of SCALES
                settings: list,    # of dicts of plain values, one for each measurement
-               make,              # make(**settings) -> dict of arrays
+               make: Callable,    # make(**settings) -> dict of arrays
                workers: int = 1,  # processes
-               progress=None,     # called as progress(phase, done, total)
+               progress: Callable = None,  # called as progress(phase, done, total)
               ) -> list:          # of dicts: name -> array
     "Measurements by their settings, each made once. Settings name what `make` does: new code, new name."
-    folder = runs_root() / suffixed(study, scale) / 'measured'
-    tasks = [delayed(cached_arrays)(folder / f'{_digest(s, 16)}.npz', partial(make, **s)) for s in settings]
-    return _in_turn(tasks, workers, progress or _quiet)
+    folder = runs_root() / suffixed(checked_name('study', study), scale) / 'measured'
+    files = [folder / f'{_digest(s, 16)}.npz' for s in settings]
+    tasks = [delayed(cached_arrays)(file, partial(make, **s)) for file, s in zip(files, settings)]
+    return _in_turn(tasks, number('workers', workers, low=1, integer=True), progress or _quiet)
 
 # %% ../nbs/library/98_studies.ipynb #c36c4129
 class Record:
     "What a study found: one row for each run, and arrays whose first axis is the runs, or the first of them."
+    @typed
     def __init__(self,
                  settings: dict,  # how it was made
                  rows: list,      # of dicts: parameters and final numbers
                  arrays: dict,    # name -> array
                 ):
-        for name, a in arrays.items(): _require_rows(name, a, rows)
+        _require_rows(rows)
+        for name, a in arrays.items(): _require_one_for_each(name, a, rows)
         self.settings, self.rows, self.arrays = settings, rows, arrays
 
     def where(self,
@@ -238,9 +345,10 @@ class Record:
         "The rows of the runs with the given parameters."
         for name, value in conditions.items(): _require_value(self.rows, name, value)
         rows = [i for i, r in enumerate(self.rows) if all(r[k] == v for k, v in conditions.items())]
-        if not rows: raise ValueError(f"no run of this study has {conditions}.")
+        if not rows: raise ValueError(f"no run of this study has {conditions!r:.100}.")
         return rows
 
+    @typed
     def values(self,
                name: str,       # of an array, or of a number in the rows
                **conditions,    # the runs
@@ -253,57 +361,115 @@ class Record:
         _require_measured(self, name, rows)
         return np.array([self.rows[i][name] for i in rows])
 
+    @typed
     def save(self,
              name: str,   # of the study
              scale: str,  # one of SCALES
             ) -> Path:    # the .json file
-        "Write the record, the arrays first: their digest stands in the other file."
+        "Write the record, the arrays first: their digest stands in the other file, with one of its own."
         path = _record_path(name, scale)
         arrays = npz_bytes(self.arrays)
         content = {'study': name, 'scale': scale, 'settings': self.settings,
                    'arrays': hashlib.sha256(arrays).hexdigest(), 'runs': self.rows}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        content['digest'] = _content_digest(content)
+        _require_writable(path.parent)
         _write(path.with_suffix('.npz'), arrays)
         _write(path, (json.dumps(content, indent=1) + '\n').encode())
         return path
 
 def _record_path(name, scale): return place('records', scale) / f'{suffixed(name, scale)}.json'
 
-# %% ../nbs/library/98_studies.ipynb #93025fbe
-def _require_rows(name, array, rows):
+# %% ../nbs/library/98_studies.ipynb #7648cef6
+def _require_rows(rows):
+    if not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f'rows must be dicts, one for each run, not {shown(rows)}.')
+
+def _require_one_for_each(name, array, rows):
+    "An array must have one entry for each of the first runs."
+    _require_array('arrays', name, array)
+    if not np.ndim(array): raise ValueError(f'arrays must have the runs as first axis, {name!r} has none.')
     if len(array) > len(rows):
         raise ValueError(f"array {name!r} has {len(array)} entries for {len(rows)} runs.")
 
+# %% ../nbs/library/98_studies.ipynb #4e9757f4
 def _no_such_value(name, value, valid):
     if isinstance(value, str): return unknown(name, value, valid)
-    return f"no run has {name} = {value!r}, only {valid}."
+    return f"no run has {name} = {value!r:.60}, only {shown(valid).rpartition(' (')[0]}."
 
 def _require_value(rows, name, value):
     "Some run must have this value of this parameter."
-    if name not in rows[0]: raise ValueError(unknown('parameter', name, rows[0]))
-    valid = list(dict.fromkeys(r[name] for r in rows))
+    for row in rows:
+        if name not in row: raise ValueError(unknown('parameter', name, row))
+    valid = []
+    for row in rows:
+        if row[name] not in valid: valid.append(row[name])
     if value not in valid: raise ValueError(_no_such_value(name, value, valid))
 
+# %% ../nbs/library/98_studies.ipynb #f13143e7
 def _require_kept(record, name, rows, conditions):
     "The array must be kept for all these runs."
     kept, runs = len(record.arrays[name]), len(record.rows)
     if rows[-1] >= kept:
         raise ValueError(f"{name!r} is kept for the first {kept} of {runs} runs only, "
-                         f"not for all with {conditions}.")
+                         f"not for all with {conditions!r:.100}.")
 
 def _require_measured(record, name, rows):
-    found = record.rows[rows[0]]
-    if name not in found: raise ValueError(unknown('measurement', name, [*record.arrays, *found]))
+    for found in (record.rows[i] for i in rows):
+        if name not in found: raise ValueError(unknown('measurement', name, [*record.arrays, *found]))
+
+# %% ../nbs/library/98_studies.ipynb #93025fbe
+def _require_writable(folder):
+    "Raise OSError unless files can be made in a folder; it is made if it is not there."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder): pass
+    except OSError as e: raise type(e)(f'no record can be written in {folder}: {e.strerror or e}.') from None
+
+# %% ../nbs/library/98_studies.ipynb #ce039688
+_KEYS = 'study', 'scale', 'settings', 'arrays', 'runs'   # of a record's .json; and its own digest
+_MOST = 2**28   # bytes of all arrays of a record: those of the largest here are a hundredth of it
+
+def _content_digest(content):
+    "Letters that stand for the .json of a record but for themselves."
+    plain = json.loads(json.dumps({k: v for k, v in content.items() if k != 'digest'}))   # as it will be read
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+def _require_digest(path, content):
+    "Raise ValueError if the rows or settings were changed since they were written."
+    if 'digest' not in content:
+        warnings.warn(f'{path.name} was written before records had a digest of their rows.', stacklevel=4)
+    elif content['digest'] != _content_digest(content): raise ValueError('its rows or settings were changed')
+
+# %% ../nbs/library/98_studies.ipynb #0fbbe021
+def _require_small(packed, rows):
+    "Raise ValueError unless the heads of all arrays say that they are of these runs, and small together."
+    with zipfile.ZipFile(io.BytesIO(packed)) as file:
+        if sum(info.file_size for info in file.infolist()) > _MOST:
+            raise ValueError(f'its arrays would take more than {_MOST:,} bytes')
+        for info in file.infolist():
+            with file.open(info) as f:
+                old = np.lib.format.read_magic(f) == (1, 0)
+                read = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(f)
+            size = math.prod(shape) * dtype.itemsize
+            if dtype.hasobject or not shape or shape[0] > rows or size > info.file_size:
+                raise ValueError(f'{info.filename} has shape {shape} of {dtype} for {rows} runs')
 
 # %% ../nbs/library/98_studies.ipynb #8b0ad7e8
-def _read(path):
-    "The record in these two files; raises ValueError unless they belong together."
+def _read(path, name, scale):
+    "The record in these two files; raises ValueError unless they belong together, and to this study."
     content, packed = json.loads(path.read_text()), path.with_suffix('.npz').read_bytes()
+    if set(content) - {'digest'} != set(_KEYS): raise ValueError(f'it must hold {", ".join(_KEYS)}')
+    if (content['study'], content['scale']) != (name, scale):
+        raise ValueError(f"it is of study {content['study']!r} at scale {content['scale']!r}")
     if hashlib.sha256(packed).hexdigest() != content['arrays']:
         raise ValueError(f"{path.name} and its .npz do not belong together, or one is cut short")
+    _require_digest(path, content)
+    _require_small(packed, len(content['runs']))
     with np.load(io.BytesIO(packed)) as f: return Record(content['settings'], content['runs'], dict(f))
 
-# %% ../nbs/library/98_studies.ipynb #e0071b01
+# %% ../nbs/library/98_studies.ipynb #632b9d5d
+@typed
 def load_record(name: str,            # of the study
                 scale: str = 'full',  # one of SCALES
                 command: str = None,  # what makes it, for the message
@@ -312,13 +478,20 @@ def load_record(name: str,            # of the study
     path = _record_path(name, scale)
     make = f"Make it: {command or f'make figures scale={scale}'}"
     for p in (path, path.with_suffix('.npz')):
-        if not p.is_file():
-            raise FileNotFoundError(f"no record of study {name!r} at scale {scale!r}: {p} is missing. {make}")
-    try: return _read(path)
-    except (ValueError, KeyError, OSError) as e:
-        raise ValueError(f"the record {path} is damaged: {e}. {make}") from e
+        if not p.is_file(): raise FileNotFoundError(f'{_no_record(name, scale, p)} {make}')
+    try: return _read(path, name, scale)
+    except (Exception, MemoryError) as e:
+        raise ValueError(f"the record {path} is damaged: {' '.join(str(e).split())[:120]}. {make}") from e
+
+# %% ../nbs/library/98_studies.ipynb #e0071b01
+def _no_record(name, scale, path):
+    there = [p.stem.removesuffix(f'-{scale}') for p in path.parent.glob('*.json')]
+    near = unknown('study', name, there).partition(' Valid:')[0].removeprefix(f'unknown study {name!r}.')
+    if name in there: near = ''   # its arrays are missing
+    return f'no record of study {name!r} at scale {scale!r}: {path} is missing.{near}'
 
 # %% ../nbs/library/98_studies.ipynb #8e03fbaf
+@typed
 def flat(run: Run,  # a finished run
         ) -> dict:  # plain numbers and names
     "A run's parameters and final numbers as one row."
@@ -328,16 +501,18 @@ def flat(run: Run,  # a finished run
     made = {'seconds': run.environment.get('seconds'), 'run': run.folder.name}
     return asdict(run.parameters) | numbers | distances | made
 
-# %% ../nbs/library/98_studies.ipynb #c834a7e1
+# %% ../nbs/library/98_studies.ipynb #380a28b9
+@typed
 def condense(parameters: list,   # of Parameters
              study: str,         # their study
              settings: dict,     # of `measure`
              workers: int = 1,   # processes
              stack: int = 4,     # networks trained together
-             progress=None,      # called as progress(phase, done, total)
+             progress: Callable = None,  # called as progress(phase, done, total)
             ) -> Record:         # its settings say what diverged
     "Make the runs that are missing, measure all, and condense them into a record."
-    report = progress or _quiet
+    _require_measurable(parameters, settings)
+    workers, report = number('workers', workers, low=1, integer=True), progress or _quiet
     runs, diverged = make_grid(parameters, study, progress=report, stack=stack, workers=workers)
     arrays = _in_turn([delayed(measured)(run.folder, settings) for run in runs.values()], workers, report)
     found = sorted(zip(map(flat, runs.values()), arrays), key=lambda pair: pair[0]['seed'])   # stable
@@ -349,6 +524,14 @@ def condense(parameters: list,   # of Parameters
     about = {'environment': next(iter(runs.values())).environment,
              'diverged': [{'run': p.slug(), 'epoch': e} for p, e in diverged.items()]}
     return Record(settings | about, list(rows), small)
+
+# %% ../nbs/library/98_studies.ipynb #c834a7e1
+def _require_measurable(parameters, settings):
+    "Raise unless all are parameters of points, and their runs can be measured so."
+    if not parameters or not all(isinstance(p, Parameters) for p in parameters):
+        raise TypeError(f'parameters must be a list of Parameters, not {shown(parameters)}.')
+    _digest(settings, 8)
+    for p in parameters: _require_settings(p, settings)
 
 # %% ../nbs/library/98_studies.ipynb #00b7143f
 def _require_same_grid(name, scale, parameters):
@@ -362,10 +545,11 @@ def _require_same_grid(name, scale, parameters):
     columns = [({t[i] for t in there}, {a[i] for a in asked}) for i in range(len(fields))]
     other = '; '.join(f'{k} {sorted(a, key=str)}, not {sorted(b, key=str)}'
                       for k, (a, b) in zip(fields, columns) if a != b)
-    raise ValueError(f"the study {name!r} exists with other parameters: {other}. "
+    raise ValueError(f"the study {name!r} exists with other parameters: {other[:120]}. "
                      f"Choose another name, or move {path} away.")
 
 # %% ../nbs/library/98_studies.ipynb #065cad19
+@typed
 def make_record(name: str,            # of the study
                 parameters: list,     # of Parameters
                 settings: dict,       # of `measure`
@@ -373,26 +557,39 @@ def make_record(name: str,            # of the study
                 **how,                # workers, stack, progress: as in `condense`
                ) -> Record:           # raises ValueError if a record of that name has other parameters
     "Make a study's record and save it."
+    _require_measurable(parameters, settings)
     _require_same_grid(name, scale, parameters)
+    _require_writable(_record_path(name, scale).parent)
     record = condense(parameters, suffixed(name, scale), settings, **how)
     record.save(name, scale)
     return record
 
-# %% ../nbs/library/98_studies.ipynb #09095de7
-def mean_sd(values,             # one for each seed
+# %% ../nbs/library/98_studies.ipynb #08826da6
+@typed
+def mean_sd(values,             # one for each seed: a list or an array
             form: str = '.3f',  # of both numbers
            ) -> str:            # '–' if there are none; the standard deviation of a single one is 0
     "Mean ± standard deviation over the seeds."
     values = np.asarray(values)
+    if not values.ndim or values.size and values.dtype.kind not in 'iuf':
+        raise TypeError(f'values must be a list of numbers, not {shown(values.tolist())}.')
     if not len(values): return '–'
     sd = values.std(ddof=1) if len(values) > 1 else 0.
-    return f'{values.mean():{form}} ± {sd:{form}}'
+    try: return f'{values.mean():{form}} ± {sd:{form}}'
+    except ValueError: raise ValueError(f"form must be one such as '.3f', not {form!r:.60}.") from None
 
-def table(head,            # the names of the columns
-          rows,            # of cells: anything that prints
+# %% ../nbs/library/98_studies.ipynb #09095de7
+@typed
+def table(head: list,      # the names of the columns
+          rows: Iterable,  # of cells: anything that prints
           note: str = '',  # Markdown below the table
          ):                # IPython's Markdown
     "A table that a notebook shows."
     from IPython.display import Markdown
+    if isinstance(rows, str): raise TypeError(f'rows must be lists of cells, not {shown(rows)}.')
+    rows = list(rows)
+    for row in rows:
+        if isinstance(row, str) or not isinstance(row, Iterable):
+            raise TypeError(f'rows must be lists of cells, not {shown(row)}.')
     lines = [head, ['---'] * len(head), *rows]
     return Markdown('\n'.join(f"| {' | '.join(map(str, line))} |" for line in lines) + note)

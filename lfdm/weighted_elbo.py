@@ -8,24 +8,27 @@ __all__ = ['level_grid', 'exact_slope', 'eps_slope', 'ELBOs', 'elbos', 'exact_el
 
 # %% ../nbs/library/87_weighted_elbo.ipynb #31f7640f
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
-from .core import as_number, instance, number, seeded
+from .core import Numeric, as_number, instance, number, seeded, shown, typed
+from .data import GaussianMixture
 from .likelihood import prior_kl
 from .losses import require_batch
 from .schedules import SCHEDULES, Level, Schedule
+from .targets import widened
 from .weightings import WEIGHTINGS, LogSNRWeighting, Weighting
 
 # %% ../nbs/library/87_weighted_elbo.ipynb #328241ac
+@typed
 def level_grid(low: float,          # λ_min
                high: float,         # λ_max
                points: int = 4001,  # odd, for Simpson's rule
               # λ, shape (points,), float64; raises ValueError unless finite and increasing
               ) -> torch.Tensor:
     "Noise levels to integrate over."
-    low, high = number('low', low), number('high', high)
     points = number('points', points, low=3, integer=True)
     if not -math.inf < low < high < math.inf:
         raise ValueError('the ELBOs need a finite range of logsnr, from low to high, '
@@ -35,28 +38,31 @@ def level_grid(low: float,          # λ_min
     return torch.linspace(low, high, points, dtype=torch.float64)
 
 # %% ../nbs/library/87_weighted_elbo.ipynb #724c9be8
-def exact_slope(dataset,  # a set with exact floors
-                logsnr,   # λ, any shape
-               ):         # L'(λ) in nats, λ's shape
+@typed
+def exact_slope(dataset: GaussianMixture, # a set with exact floors
+                logsnr: Numeric,          # λ, any shape
+               ):                         # L'(λ) in nats, λ's shape
     "The slope of the exact denoiser, a mean over data: D/2 times the smallest noise error; Kingma & Gao (6)."
-    return dataset.dim / 2 * dataset.eps_floor(as_number(logsnr))
+    return dataset.dim / 2 * dataset.eps_floor(widened(as_number(logsnr)))
 
 # %% ../nbs/library/87_weighted_elbo.ipynb #adfd6f38
-def eps_slope(denoiser,           # denoiser(z, level) -> (x̂, ε̂)
+@typed
+def eps_slope(denoiser: Callable, # denoiser(z, level) -> (x̂, ε̂)
               x: torch.Tensor,    # data, shape (n, ...)
-              logsnr,             # λ, shape (k,)
+              logsnr: Numeric,    # λ, shape (k,)
               schedule='cosine',  # gives the scales: the kind of process, nothing else
               seed: int = 0,      # of the noise
              ) -> torch.Tensor:   # (k, n), float64; raises ValueError or FloatingPointError
     "½‖ε - ε̂‖² for each level and example, with the same noise at all levels; Kingma & Gao (6, 48)."
     require_batch('x', x)
+    if not x.isfinite().all(): raise ValueError('x must be finite data: some of it is nan or infinite.')
     schedule = instance(SCHEDULES, schedule, 'schedule', Schedule)
-    logsnr = _checked_levels(denoiser, logsnr)
+    logsnr, x = _checked_levels(denoiser, logsnr), widened(x)
     eps = torch.randn(x.shape, generator=seeded(seed, x.device), device=x.device, dtype=x.dtype)
     slopes = []
     for level in zip(*(q.to(x) for q in (logsnr, *schedule.scales(logsnr)))):
         level = Level(*level)
-        with torch.no_grad(): _, eps_hat = denoiser(level.alpha * x + level.sigma * eps, level)
+        with torch.no_grad(): eps_hat = _noise_guess(denoiser, level.alpha * x + level.sigma * eps, level)
         slopes.append(0.5 * (eps - eps_hat).double().square().flatten(1).sum(1))
         _require_finite(slopes[-1], level)
     return torch.stack(slopes)
@@ -64,12 +70,20 @@ def eps_slope(denoiser,           # denoiser(z, level) -> (x̂, ε̂)
 # %% ../nbs/library/87_weighted_elbo.ipynb #cfcf6a5a
 def _checked_levels(denoiser, logsnr):
     "Noise levels in float64, within the range that the denoiser knows."
-    logsnr = as_number(logsnr).flatten()
+    logsnr = widened(as_number(logsnr)).flatten()
+    if not len(logsnr): raise ValueError(f'logsnr must be at least one noise level, not {shown(logsnr)}.')
     low, high = getattr(denoiser, 'within', None) or (-math.inf, math.inf)
     if not (ok := (low <= logsnr) & (logsnr <= high) & logsnr.isfinite()).all():
         raise ValueError('logsnr must be finite and within the range of the training, '
                          f'{low:g} to {high:g}, not {logsnr[~ok][0]:g}.')
     return logsnr.double()
+
+def _noise_guess(denoiser, z, level):
+    "ε̂; raises TypeError unless it is a tensor of z's shape."
+    found = denoiser(z, level)
+    eps_hat = found[1] if isinstance(found, (tuple, list)) and len(found) == 2 else None
+    if torch.is_tensor(eps_hat) and eps_hat.shape == z.shape: return eps_hat
+    raise TypeError(f'the denoiser must return (x̂, ε̂), each of shape {tuple(z.shape)}, not {shown(found)}.')
 
 def _require_finite(slope, level):
     "Raise FloatingPointError, with the level, unless the noise error is finite."
@@ -83,13 +97,14 @@ class ELBOs(NamedTuple):
     slope: torch.Tensor   # L'(λ), shape (k,)
     loss: torch.Tensor    # L(λ), shape (k,): the negative ELBO of data with the noise of λ, up to a constant
 
+@typed
 def elbos(logsnr: torch.Tensor,  # λ, increasing, shape (k,)
           slope: torch.Tensor,   # L'(λ), shape (k,)
           prior: float,          # L(λ_min)
          ) -> ELBOs:             # raises ValueError
     "L(λ) from its slope, by Simpson's rule; Kingma & Gao (39)."
     from scipy.integrate import cumulative_simpson
-    logsnr, slope = as_number(logsnr).double(), as_number(slope).double()
+    logsnr, slope = logsnr.double(), slope.double()
     _require_curve(logsnr, slope)
     area = cumulative_simpson(slope.numpy(), x=logsnr.numpy(), initial=0)
     return ELBOs(logsnr, slope, float(prior) + torch.from_numpy(area))
@@ -109,7 +124,8 @@ def _require_curve(logsnr, slope):
         raise ValueError(f'the slope is {slope[~ok][0]:g} at logsnr {logsnr[~ok][0]:.4g}.')
 
 # %% ../nbs/library/87_weighted_elbo.ipynb #c31efbae
-def exact_elbos(dataset,             # a set with exact floors
+@typed
+def exact_elbos(dataset: GaussianMixture, # a set with exact floors
                 low: float = -12.9,  # λ_min
                 high: float = 12.9,  # λ_max
                 points: int = 4001,  # of the grid
@@ -121,7 +137,8 @@ def exact_elbos(dataset,             # a set with exact floors
     return elbos(logsnr, exact_slope(dataset, logsnr), prior.item())
 
 # %% ../nbs/library/87_weighted_elbo.ipynb #4ad1384f
-def model_elbos(denoiser,            # denoiser(z, level) -> (x̂, ε̂)
+@typed
+def model_elbos(denoiser: Callable,  # denoiser(z, level) -> (x̂, ε̂)
                 x: torch.Tensor,     # data, shape (n, ...)
                 low: float = -12.9,  # λ_min
                 high: float = 12.9,  # λ_max
@@ -136,15 +153,17 @@ def model_elbos(denoiser,            # denoiser(z, level) -> (x̂, ε̂)
     return elbos(logsnr, slope, prior_kl(x.double(), schedule.level_at(logsnr[0])).mean().item())
 
 # %% ../nbs/library/87_weighted_elbo.ipynb #1c805da4
+@typed
 def weight(w,                     # w(λ): a function, or the name, class or instance of a LogSNRWeighting
            logsnr: torch.Tensor,  # λ, shape (k,)
           ) -> torch.Tensor:      # w at λ, float64; raises ValueError where it is not finite
     "A weight at some noise levels."
-    logsnr = as_number(logsnr).detach().double()
+    if logsnr.is_meta: raise ValueError(f'logsnr must hold numbers, not {shown(logsnr)}.')
+    logsnr = logsnr.detach().double()
     value = _weight_function(w)(logsnr)
     if not torch.is_tensor(value) or value.shape != logsnr.shape:
         raise ValueError(f'w must give one weight for each of {tuple(logsnr.shape)} noise levels, '
-                         f'not {value!r:.60}.')
+                         f'not {shown(value)}.')
     if not (ok := value.isfinite()).all():
         raise ValueError(f'w is {value[~ok][0]:g} at logsnr {logsnr[~ok][0]:.4g}. '
                          'Narrow the range, or choose a weight that stays finite there.')
@@ -153,8 +172,8 @@ def weight(w,                     # w(λ): a function, or the name, class or ins
 # %% ../nbs/library/87_weighted_elbo.ipynb #e3efd940
 def _weight_function(w):
     "w as a function of λ."
-    if not isinstance(w, (str, type, Weighting)): return w
-    w = instance(WEIGHTINGS, w, 'weighting', Weighting)
+    if callable(w) and not isinstance(w, type): return w
+    w = instance(WEIGHTINGS, w, 'weighting w', Weighting)
     if not isinstance(w, LogSNRWeighting):
         raise ValueError(f'{w!r} is a factor on the error and no w(λ). '
                          f"Bind it to a schedule and a target: 'implied(cosine, eps, {w.name})'.")
@@ -168,6 +187,7 @@ def _slices(f, g):
     return (f1 * (g2 - g0) + (tilt + bend)).sum().item()
 
 # %% ../nbs/library/87_weighted_elbo.ipynb #25baa8cd
+@typed
 def over_slopes(w,          # w(λ), as in `weight`
                 e: ELBOs,   # of a denoiser
                ) -> float:  # in nats
@@ -177,6 +197,7 @@ def over_slopes(w,          # w(λ), as in `weight`
     area = simpson((value * e.slope).numpy(), x=e.logsnr.numpy())
     return (value[0] * e.loss[0]).item() + float(area)
 
+@typed
 def over_elbos(w,          # w(λ), as in `weight`
                e: ELBOs,   # of a denoiser
               ) -> float:  # in nats
@@ -185,12 +206,15 @@ def over_elbos(w,          # w(λ), as in `weight`
     return (value[-1] * e.loss[-1]).item() - _slices(e.loss, value)
 
 # %% ../nbs/library/87_weighted_elbo.ipynb #66ea9eac
+@typed
 def augmentation(w,                     # w(λ), as in `weight`; must not rise
                  logsnr: torch.Tensor,  # λ, increasing, shape (k,)
                 # (p_w(λ), shape (k,); the mass at λ_max); raises ValueError if w rises
                 ) -> tuple:
     "The distribution of noise levels whose mean ELBO a falling weight is; Kingma & Gao, section 3.6."
-    value, logsnr = weight(w, logsnr), as_number(logsnr)
+    value = weight(w, logsnr)
+    if logsnr.ndim != 1 or len(logsnr) < 2 or not (logsnr.diff() > 0).all():
+        raise ValueError(f'logsnr must be at least two levels that increase, not {shown(logsnr)}.')
     _require_falling(value, logsnr)
     slope, = torch.gradient(value, spacing=(logsnr.double(),))
     return -slope / value[0], (value[-1] / value[0]).item()
@@ -199,15 +223,15 @@ def augmentation(w,                     # w(λ), as in `weight`; must not rise
 def _require_falling(value, logsnr):
     "Raise ValueError unless a weight is positive and rises nowhere."
     if value[0] <= 0 or value[-1] < 0:
-        raise ValueError(
-            f'p_w needs a positive weight, not {value[0]:g} at λ_min and {value[-1]:g} at λ_max.'
-        )
+        raise ValueError(f'p_w needs a weight w that is positive, not {value[0]:g} at λ_min '
+                         f'and {value[-1]:g} at λ_max.')
     if (up := value.diff() > 1e-11 * value[:-1].abs()).any():
-        raise ValueError(f"the weight rises with logsnr at {logsnr[:-1][up][0]:.4g}: -w' is no density of "
+        raise ValueError(f"the weight w rises with logsnr at {logsnr[:-1][up][0]:.4g}: -w' is no density of "
                          'noise levels there, and the loss is no ELBO of augmented data '
                          '(Kingma & Gao, section 3.5).')
 
 # %% ../nbs/library/87_weighted_elbo.ipynb #5cea48de
+@typed
 def over_augmentation(w,          # w(λ), as in `weight`; must not rise
                       e: ELBOs,   # of a denoiser
                      ) -> float:  # in nats
@@ -217,6 +241,7 @@ def over_augmentation(w,          # w(λ), as in `weight`; must not rise
     return value[0].item() * (_slices(e.loss, share) + mass * e.loss[-1].item())
 
 # %% ../nbs/library/87_weighted_elbo.ipynb #248fbb17
+@typed
 def draw_levels(w,              # w(λ), as in `weight`; must not rise
                 n: int,         # how many
                 low: float,     # λ_min
@@ -236,6 +261,7 @@ def draw_levels(w,              # w(λ), as in `weight`; must not rise
     return torch.where(u < at_ends[1], torch.full_like(u, high), b)
 
 # %% ../nbs/library/87_weighted_elbo.ipynb #a52dd37a
+@typed
 def elbo_shares(w,          # w(λ), as in `weight`
                 e: ELBOs,   # of a denoiser
                # (for the ELBO, against it), in nats, both at least 0 if w is; (10) is their difference
@@ -258,21 +284,25 @@ def _plane(q, p, alpha, sigma, fine, most=4_000_000):
     axes = [torch.linspace(a, b, n, dtype=torch.float64) for a, b, n in zip(low, high, sizes)]
     return torch.cartesian_prod(*axes), math.prod((a[1] - a[0]).item() for a in axes)
 
+def _masses(q, p, alpha, sigma, fine):
+    "(points, noisy q's mass at each, log of its ratio to noisy p) on a grid in the plane."
+    z, cell = _plane(q, p, alpha, sigma, fine)
+    log_q = q.log_prob_at(z, alpha, sigma)
+    z, log_q = z[log_q > -60], log_q[log_q > -60]   # q weighs all: where it is nothing, p does not matter
+    return z, log_q.exp() * cell, log_q - p.log_prob_at(z, alpha, sigma)
+
 # %% ../nbs/library/87_weighted_elbo.ipynb #e1e37a01
-def kl_and_fisher(q,                 # a two-dimensional GaussianMixture
-                  p,                 # another
+@typed
+def kl_and_fisher(q: GaussianMixture, # in two dimensions
+                  p: GaussianMixture, # another
                   alpha: float,      # scale of the signal, of both
                   sigma: float,      # scale of the noise, of both
                   fine: float = 3.,  # grid points per standard deviation of the narrowest component
                  ) -> tuple:         # (KL(q ‖ p) in nats, Fisher divergence in 1/length²); raises ValueError
     "Two divergences of noisy data, by quadrature in the plane; Kingma & Gao (49)."
     if q.dim != 2 or p.dim != 2:
-        raise ValueError(f'the plane has two dimensions, the sets have {q.dim} and {p.dim}.')
-    alpha, sigma = number('alpha', alpha, low=0), number('sigma', sigma, low=0)
-    z, cell = _plane(q, p, alpha, sigma, number('fine', fine, low=1, high=20))
-    log_q = q.log_prob_at(z, alpha, sigma)
-    z, log_q = z[log_q > -60], log_q[log_q > -60]   # q weighs all: where it is nothing, p does not matter
-    mass = log_q.exp() * cell
-    log_ratio = log_q - p.log_prob_at(z, alpha, sigma)
+        raise ValueError(f'the plane has two dimensions, the sets q and p have {q.dim} and {p.dim}.')
+    alpha, sigma = number('alpha', alpha, low=0, high=1e6), number('sigma', sigma, low=0, high=1e6)
+    z, mass, log_ratio = _masses(q, p, alpha, sigma, number('fine', fine, low=1, high=20))
     gap = q.score(z, alpha, sigma) - p.score(z, alpha, sigma)
     return (mass @ log_ratio).item(), (mass @ gap.square().sum(1)).item()

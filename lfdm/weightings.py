@@ -9,23 +9,40 @@ __all__ = ['WEIGHTINGS', 'Weighting', 'LogSNRWeighting', 'EpsFactor', 'NELBO', '
 
 # %% ../nbs/library/30_weightings.ipynb #551c8221
 import math
+from functools import wraps
 
 import torch
 
-from .core import Choice, as_number, instance, maths, number, spec
+from .core import Choice, Numeric, as_number, instance, maths, number, spec, typed
 from .schedules import SCHEDULES, Schedule
-from .targets import TARGETS, Target
+from .targets import TARGETS, Target, checked_like, widened
+
+# %% ../nbs/library/30_weightings.ipynb #atlevel1
+def _at_level(formula):
+    "A formula of λ that takes numbers too, and 16 bits as float32."
+    @wraps(formula)
+    def inside(self, logsnr, *args, **kwargs):
+        return formula(self, widened(as_number(logsnr)), *args, **kwargs)
+    return inside
 
 # %% ../nbs/library/30_weightings.ipynb #42dd81ef
 class Weighting(Choice):
     "How much each noise level counts. Subclasses give `eps_factor`, most of them through `w` or `g`."
-    def eps_factor(self, logsnr, schedule, target):
+    def eps_factor(self, logsnr: Numeric, schedule: Schedule, target: Target):
         "The factor on the noise error at a sampled time."
         raise NotImplementedError
-    def factor(self, logsnr, schedule, target):
+
+    @typed
+    @_at_level
+    def factor(self, logsnr: Numeric, schedule: Schedule, target: Target):
         "The factor on the target's own squared error at a sampled time: eps_factor · r_y."
         ratio = target.eps_ratio(*schedule.scales(logsnr))
         return self.eps_factor(logsnr, schedule, target) * ratio
+
+    def __init_subclass__(cls):
+        "Check what is given to the formulas of a subclass."
+        for name in {'w', 'g', 'eps_factor', 'factor'} & vars(cls).keys():
+            setattr(cls, name, checked_like(Weighting.eps_factor, _at_level(vars(cls)[name])))
 
 # %% ../nbs/library/30_weightings.ipynb #8cd21497
 class LogSNRWeighting(Weighting):
@@ -258,17 +275,19 @@ WEIGHTINGS = {cls.name: cls for cls in (
     Sech, Exponential, Sigmoid, EDM, EDMMonotonic, Implied)}
 
 # %% ../nbs/library/30_weightings.ipynb #0843b496
-def implied_w(logsnr,     # λ, a tensor or a symbol
-              schedule,   # name, class or instance
-              target,     # name, class or instance
-              weighting,  # name, class or instance
-             ):           # w(λ), in λ's dtype
+@typed
+def implied_w(logsnr: Numeric, # λ
+              schedule,        # name, class or instance
+              target,          # name, class or instance
+              weighting,       # name, class or instance
+             ):                # w(λ), in λ's dtype, or float32 for 16 bits
     "The w(λ) that a triple implies: p(λ) times the factor on the noise error; Kingma & Gao (9)."
     schedule, target, weighting = as_triple(schedule, target, weighting)
-    logsnr = as_number(logsnr)
+    logsnr = widened(as_number(logsnr))
     return schedule.density(logsnr) * weighting.eps_factor(logsnr, schedule, target)
 
 # %% ../nbs/library/30_weightings.ipynb #97603259
+@typed
 def rising_intervals(schedule,              # name, class or instance; its range of λ must be finite
                      target,                # name, class or instance
                      weighting,             # name, class or instance

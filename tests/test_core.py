@@ -1,10 +1,8 @@
 "Attempts to break lfdm.core: wrong names, numbers, shapes and texts, and killed writers."
-import inspect
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -14,9 +12,12 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from lfdm.core import (
-    Numeric,
+    LONGEST,
     as_number,
+    checked_device,
+    checked_seed,
     expand,
+    formula,
     from_spec,
     instance,
     is_symbolic,
@@ -26,11 +27,10 @@ from lfdm.core import (
     project_root,
     seeded,
     spec,
-    typed,
     unknown,
     write_whole,
 )
-from lfdm.schedules import SCHEDULES, Schedule
+from lfdm.schedules import SCHEDULES, Level, Schedule
 from lfdm.targets import TARGETS
 from lfdm.weightings import WEIGHTINGS
 from pinned import choices
@@ -75,10 +75,10 @@ def test_instance_takes_a_name_a_class_or_an_instance():
     for choice in ('child', Child): assert type(instance(REGISTRY, choice, 'thing', Base)) is Child
 
 
-@pytest.mark.parametrize('bad', [None, 3., dict, ['child'], {}, torch.zeros(1), b'child'], ids=repr)
-def test_instance_refuses_everything_else(bad):
-    with pytest.raises(TypeError, match="thing must be a name or a Base, not .*'child', 'base'"):
-        instance(REGISTRY, bad, 'thing', Base)
+def test_instance_refuses_everything_else():
+    for bad in (None, 3., dict, ['child'], {}, torch.zeros(1), b'child'):
+        with pytest.raises(TypeError, match="thing must be a name .'child', 'base'. or a Base, not"):
+            instance(REGISTRY, bad, 'thing', Base)
 
 
 # ---- choices with options
@@ -106,24 +106,16 @@ def test_no_digit_is_lost(k):
     assert from_spec(WEIGHTINGS, spec(WEIGHTINGS['sigmoid'](k)), 'weighting').k == k
 
 
-def test_infinity_is_a_word():
-    made = from_spec(SCHEDULES, 'cosine(-inf, inf)', 'schedule')
-    assert spec(made) == 'cosine(logsnr_min=-inf, logsnr_max=inf)'
-
-
 HOSTILE = [
-    '__import__("os")', '__import__("os").system("touch hacked")', 'cosine(__import__("os"))',
-    'cosine(shift=open("hacked", "w"))', 'cosine.__class__()', 'cosine().__init__', '(lambda: 1)()',
-    'cosine(lambda: 1)', 'cosine([1, 2])', 'cosine(*[1, 2])', 'cosine(**{"logsnr_min": 1})',
-    'cosine(-5, logsnr_min=-4)', 'cosine(logsnr_min=-5, logsnr_min=-4)', 'cosine(1, 2, 3)', 'cosine(1 + 1)',
-    'cosine(-1 if 1 else 2)', 'cosine(5, -5)', 'cosine("a")', 'cosine(-"a")', 'cosine(a)', 'cosine(True)',
+    '__import__("os").system("touch hacked")', 'cosine(shift=open("hacked", "w"))', 'cosine.__class__()',
+    'cosine().__init__', '(lambda: 1)()', 'cosine(lambda: 1)', 'cosine([1, 2])', 'cosine(*[1, 2])',
+    'cosine(**{"logsnr_min": 1})', 'cosine(-5, logsnr_min=-4)', 'cosine(logsnr_min=-5, logsnr_min=-4)',
+    'cosine(1 + 1)', 'cosine(-1 if 1 else 2)', 'cosine(5, -5)', 'cosine("a")', 'cosine(-"a")', 'cosine(True)',
     'cosine(None)', 'cosine(1j)', 'cosine(nan)', 'cosine(b"1")', 'cosine(f"{1}")', 'cosine(logsnr_min=x:=1)',
     'cosine(', 'cosine)', 'cosine()()', 'cosine() ; 1', 'cosine\n(1)()', 'cosine(10**400)',
-    f'cosine({"9" * 1000})', f'cosine({"9" * 9000})', '', ' ', '()', '\x00', 'cosine(\x00)', '\ud800',
-    'соsine', '余弦(1)', 'cosine(' * 5000, '(' * 10_000, '-' * 100_000 + '1', 'cosine(' + '-' * 5000 + '1)',
-    'discrete(schedule=' * 60 + 'cosine' + ')' * 60, 'discrete(schedule=discrete)',
-    'adaptive(schedule=cosine)', 'linear(shift=1)', 'ｃｏｓｉｎｅ(1, 2, 3)', 'cosine' * 10_000,
-    'cosine(' + '1,' * 10_000 + ')']
+    f'cosine({"9" * 9000})', '', ' ', '()', '\x00', 'cosine(\x00)', '\ud800', 'соsine', '余弦(1)',
+    'cosine(' * 5000, '(' * 10_000, '-' * 100_000 + '1', 'cosine(' + '-' * 5000 + '1)',
+    'discrete(schedule=' * 60 + 'cosine' + ')' * 60, 'discrete(schedule=discrete)', 'cosine' * 10_000]
 HOSTILE_WEIGHTS = [
     "sigmoid(k=__import__('os'))", 'implied(schedule=__import__("os"))',
     'implied(weighting=implied(weighting=eval("1")))', 'implied(adaptive, eps, min_snr)']
@@ -135,13 +127,6 @@ def test_hostile_texts_are_an_error_and_never_run(tmp_path, monkeypatch):
         for text in texts:
             with pytest.raises(ValueError, match='.'): from_spec(REGISTRIES[kind], text, kind)
     assert not list(tmp_path.iterdir())
-
-
-@few
-@given(st.one_of(st.text(max_size=30), st.text('abcosine(),=-.019_', max_size=30).map('cosine({})'.format)))
-def test_any_text_is_a_choice_or_a_value_error(text):
-    try: assert isinstance(from_spec(SCHEDULES, text, 'schedule'), Schedule)
-    except ValueError: pass
 
 
 @pytest.mark.parametrize('kind, text, says', [
@@ -176,27 +161,20 @@ def test_bounds_are_told(bound, says):
     with pytest.raises(ValueError, match=says): number('p', -3, **bound)
 
 
-NO_NUMBER = [True, None, '1', 'true', [1], 1j, {}, torch.tensor(1.), np.ones(2), np.bool_(True)]
+NO_NUMBER = [True, None, '1', [1], 1j, {}, torch.tensor(1.), np.ones(2), np.bool_(True)]
+NOT_WHOLE = [2.5, math.inf, -math.inf, math.nan, 1e3 + 1e-10]
 
 
-@pytest.mark.parametrize('bad', NO_NUMBER, ids=repr)
-@pytest.mark.parametrize('integer', [False, True])
-def test_number_refuses_what_is_no_number(bad, integer):
-    with pytest.raises(TypeError, match='^epochs must be'): number('epochs', bad, integer=integer)
-
-
-@pytest.mark.parametrize('bad', [2.5, math.inf, -math.inf, math.nan, 1e3 + 1e-10])
-def test_whole_numbers(bad):
-    with pytest.raises(ValueError, match='^n must be a whole number'): number('n', bad, integer=True)
-    if bad != bad:
-        with pytest.raises(ValueError, match='^n must be a number, not nan'): number('n', bad)
-
-
-@pytest.mark.parametrize('kind', [dict(integer=True), dict(), dict(high=5)], ids=str)
-def test_a_huge_integer_is_a_clear_error(kind):
-    "float(10**400) overflows"
-    with pytest.raises(ValueError, match='^n must be .*of a reasonable size, not one of 1329 bits'):
-        number('n', 10**400, **kind)
+def test_number_refuses_what_is_no_number():
+    for bad in NO_NUMBER:
+        for whole in (False, True):
+            with pytest.raises(TypeError, match='^epochs must be'): number('epochs', bad, integer=whole)
+    for bad in NOT_WHOLE:
+        with pytest.raises(ValueError, match='^n must be a whole number'): number('n', bad, integer=True)
+    with pytest.raises(ValueError, match='^n must be a number, not nan'): number('n', math.nan)
+    for whole in (False, True):   # float(10**400) overflows
+        with pytest.raises(ValueError, match='of a reasonable size, not one of 1329 bits'):
+            number('n', 10**400, integer=whole)
 
 
 @pytest.mark.parametrize('value', [2., np.float32(2), np.int64(2), Fraction(2)], ids=repr)
@@ -226,14 +204,18 @@ def test_expand_refuses_scales_of_other_data(shape):
         expand(torch.ones(shape), torch.ones(2, 2))
 
 
-@pytest.mark.parametrize('scale', [np.array([1., 10.]), [1., 10.], (1., 10.)], ids=lambda s: type(s).__name__)
-def test_expand_never_lets_a_wrong_broadcast_through(scale):
-    with pytest.raises(TypeError, match='a scale must be a number or a tensor'):
-        expand(scale, torch.ones(2, 2))
+@pytest.mark.parametrize('scale', [np.array([1., 10.]), [1., 10.], (1, 10)], ids=type)
+def test_expand_takes_numbers_in_any_form(scale):
+    assert (expand(scale, torch.ones(2, 2)) * torch.ones(2, 2)).tolist() == [[1.] * 2, [10.] * 2]
+
+
+@pytest.mark.parametrize('scale', [None, 'a', True, 1j, {}, ['a'], [[1], [1, 2]], torch.tensor([True])])
+def test_expand_refuses_what_is_no_scale(scale):
+    with pytest.raises(TypeError, match='^alpha must '): expand(scale, torch.ones(2, 2), 'alpha')
 
 
 def test_expand_keeps_numbers():
-    for scale in (2, 2., torch.tensor(2.)): assert expand(scale, torch.ones(2, 2)) is scale
+    for scale in (2., torch.tensor(2.), sympy.Symbol('a')): assert expand(scale, torch.ones(2, 2)) is scale
 
 
 # ---- one formula for tensors and symbols
@@ -259,21 +241,35 @@ def test_the_stable_forms_are_stable():
     assert m.softplus(x.float()).dtype == torch.float32 and m.expm1(torch.tensor(1e-20)) > 0
 
 
-@pytest.mark.parametrize('value', [1, 0.5, np.float32(0.5), [0.1, 0.2], np.array([0.1])], ids=repr)
-def test_plain_numbers_become_float64(value): assert as_number(value).dtype == torch.float64
+NO_FLOATS = [torch.tensor(True), torch.tensor(1j), '0.5', 'a', None, True, 1j, [None], {}]
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_tensors_keep_their_dtype(dtype): assert as_number(torch.ones(2, dtype=dtype)).dtype == dtype
+def test_numbers_become_tensors():
+    for value in (1, 0.5, np.float32(0.5), [0.1, 0.2], np.array([0.1]), [1, 2], np.array([1])):
+        assert torch.equal(as_number(value), torch.tensor(value, dtype=torch.float64))
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        assert as_number(torch.ones(2, dtype=dtype)).dtype == dtype
+    for bad in NO_FLOATS:
+        with pytest.raises(TypeError, match='^logsnr must '): as_number(bad, 'logsnr')
+    with pytest.raises(ValueError, match='^logsnr must .* meta'): as_number(torch.ones(2, device='meta'), 'logsnr')
 
 
-NO_FLOATS = [torch.tensor(1), torch.tensor(True), torch.tensor(1j), '0.5', 'a', None, True]
+def test_a_formula_takes_any_number_and_computes_nothing_in_16_bits():
+    seen = []
 
+    class Curve:
+        @formula
+        def at(self, t):
+            seen.append(t.dtype)
+            return t * 2, Level(t, t, t)
 
-@pytest.mark.parametrize('bad', NO_FLOATS, ids=repr)
-def test_what_is_no_floating_point_number_is_refused(bad):
-    with pytest.raises(TypeError, match='expected floating-point') as e: as_number(bad)
-    assert (str(bad.dtype) if torch.is_tensor(bad) else repr(bad)) in str(e.value)
+    half = torch.tensor([0.5], dtype=torch.float16)
+    for given_ in (Curve().at(half), Curve().at(t=half)):
+        assert given_[0].dtype == half.dtype and type(given_[1]) is Level and given_[1].alpha.dtype == half.dtype
+    assert Curve().at(1)[0] == 2 and seen == [torch.float32] * 2 + [torch.float64]
+    for wrong in ((), (1, 2)):
+        with pytest.raises(TypeError, match='argument'): Curve().at(*wrong)
+    with pytest.raises(TypeError, match='unexpected'): Curve().at(u=1)
 
 
 def test_symbols_stay_symbols():
@@ -320,53 +316,53 @@ def test_a_killed_writer_leaves_the_former_file(tmp_path):
     assert path.read_text() == 'new' and os.listdir(tmp_path) == ['file']
 
 
-# ---- seeds and devices
+# ---- seeds, devices, short messages
 
-@pytest.mark.parametrize("bad", [-1, 2**32, 2**63, 1.5, math.inf, math.nan, True, "0", None, 10**400])
-def test_a_seed_that_is_none_or_another_ones_is_refused(bad):
-    "torch keeps 32 bits of a seed: 2**32 would be 0 again"
-    with pytest.raises((TypeError, ValueError), match="seed must be") as e: seeded(bad)
-    assert len(str(e.value)) < 300
-
-
-def test_no_two_seeds_share_a_stream():
-    seeds = [0, 1, 2, 2**16, 2**31 - 1, 2**31, 2**32 - 2, 2**32 - 1]
-    drawn = {torch.rand(4, generator=seeded(seed)).numpy().tobytes() for seed in seeds}
-    assert len(drawn) == len(seeds)
+@pytest.mark.parametrize('seed', [0, 7, 2**32 - 1, 1e3, np.int64(5)], ids=repr)
+def test_seeds_are_kept(seed):
+    assert checked_seed(seed) == seed and type(checked_seed(seed)) is int
+    assert torch.equal(torch.rand(3, generator=seeded(seed)),
+                       torch.rand(3, generator=torch.Generator().manual_seed(int(seed))))
 
 
-@pytest.mark.parametrize("bad", ["gpu", "cuda:99", "CPU", "", None, 3, b"cpu"])
-def test_a_device_that_is_not_there_is_named(bad):
-    with pytest.raises((TypeError, ValueError), match="device.*'cpu'"): seeded(0, bad)
+@pytest.mark.parametrize('seed', [-1, 2**32, 2**63, 10**400, 0.5, math.nan, math.inf, True, None, '0', [0]])
+def test_a_seed_that_repeats_another_is_refused(seed):
+    for refuses in (checked_seed, seeded):
+        with pytest.raises((TypeError, ValueError), match='^seed must be ') as e: refuses(seed)
+        assert len(str(e.value)) <= LONGEST
 
 
-# ---- the door
+def test_a_stream_is_gone_on_with():
+    g = seeded(3)
+    assert seeded(g) is g
 
-def test_annotations_hold():
-    @typed
-    def f(x: torch.Tensor, a: Numeric = 1.0, n: int = 2, g: torch.Generator = None, *, h: Callable = len):
-        return x, a, n
 
-    x, a, n = f([[1, 2]], np.ones(2), torch.tensor(3))
-    assert torch.equal(x, torch.tensor([[1., 2.]])) and a.dtype == torch.float64 and (n, type(n)) == (3, int)
-    assert (
-        f(np.zeros(2, np.float32))[0].dtype == torch.float32
-        and f(torch.zeros(2).byte())[0].dtype == torch.uint8
-    )
-    assert f(1., sympy.Symbol("a"))[1] == sympy.Symbol("a") and f([1.], g=None)[2] == 2
-    bad = dict(
-        x=[None, "1", ["a"], 1j, True, {}, [10**400]],
-        a=[None, "1", math.nan, True],
-        n=[None, 1.5, "2", True, math.inf],
-        g=[0, "seed"],
-        h=[None, 3],
-    )
-    for name, values in bad.items():
-        for value in values:
-            with pytest.raises((TypeError, ValueError), match=rf"^{name} must") as e:
-                f(**{"x": [1.0], name: value})
-            assert len(str(e.value)) < 200
-    with pytest.raises(ValueError, match="a must lie where x does, on cpu, not on meta"):
-        f([1.0], torch.ones(1, device="meta"))
-    with pytest.raises(TypeError, match="unexpected keyword argument 'y'"): f([1.], y=2)
-    assert list(inspect.signature(f).parameters) == ["x", "a", "n", "g", "h"]
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    for device in ('cpu', torch.device('cpu')): assert checked_device(device) == torch.device('cpu')
+    for bad in ('gpu', 'CPU', 'cuda', 'cuda:0', 'meta', '', 'cpu:7', torch.device('meta')):
+        for refuses in (checked_device, lambda device: seeded(0, device)):
+            with pytest.raises(ValueError, match="unknown device.* '.*'. .*Valid: 'cpu'"): refuses(bad)
+    for bad in (None, 0, True, ['cpu']):
+        with pytest.raises(TypeError, match='^device must be a name such as'): checked_device(bad)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    for good in ('cuda', 'cuda:1'): assert checked_device(good) == torch.device(good)
+    with pytest.raises(ValueError, match="this machine: 'cuda:2'.*Valid: 'cpu', 'cuda:0', 'cuda:1'"):
+        checked_device('cuda:2')
+
+
+LONG = ['a' * 10_000, 'cosine(' + 'x' * 10_000, ['a'] * 10_000, 10**400, 'a\nb', torch.zeros(100_000),
+        b'a' * 999, np.zeros(10_000), 'cosine(' + 'a=1,' * 999 + ')', 'cosine(' + '"a"' * 999 + ')']
+
+
+@pytest.mark.parametrize('value', LONG, ids=lambda v: str(v)[:9])
+def test_messages_are_short(value):
+    names = {f'name_{i}': Child for i in range(500)}
+    doors = [lambda: lookup(names, value, 'thing'), lambda: instance(names, value, 'thing', Base),
+             lambda: instance(SCHEDULES, value, 'schedule', Schedule), lambda: number('n', value, high=1),
+             lambda: number('n', value, integer=True, high=1), lambda: checked_seed(value)]
+    for door in doors:
+        with pytest.raises((TypeError, ValueError)) as e: door()
+        assert len(str(e.value)) <= LONGEST and '\n' not in str(e.value)

@@ -1,8 +1,15 @@
 "Attempts to break lfdm.grids: what shares a stack, grids killed and taken up again, one run that diverges."
+import dataclasses
+import subprocess
+import sys
+import time
+
+import numpy as np
 import pytest
 import torch
 from filelock import FileLock
 
+from kills import ended
 from lfdm import grids
 from lfdm.data import DATASETS
 from lfdm.grids import SHARED, grid, make_grid, stacks_of
@@ -27,15 +34,29 @@ def test_a_grid_is_the_product_of_its_axes():
     for kind in (Parameters, ImageParameters):
         asked = grid(kind, target=("x", "v"), seed=[0, 1, 2], epochs=2)
         assert asked == [kind(target=t, seed=s, epochs=2) for t in ("x", "v") for s in (0, 1, 2)]
+        assert asked[:3] == grid(kind, target="x", seed=range(3), epochs=2)
+        assert asked[:3] == grid(kind, target="x", seed=np.arange(3), epochs=2)
 
 
 @pytest.mark.parametrize("kind, axes, says", [
     (Parameters, dict(targets=["x"]), "unknown axis 'targets'. Did you mean 'target'"),
     (Parameters, dict(seed=[]), "axis 'seed' of the grid is empty"),
     (Parameters, dict(target=["x", "noise"]), "unknown target 'noise'"),
-    (ImageParameters, dict(width=[8]), "unknown axis 'width'")])
+    (ImageParameters, dict(width=[8]), "unknown axis 'width'"),
+    (dict, {}, "kind must be a class of parameters")])
 def test_a_grid_that_cannot_be(kind, axes, says):
-    with pytest.raises(ValueError, match=says): grid(kind, **axes)
+    with pytest.raises((ValueError, TypeError), match=says): grid(kind, **axes)
+
+
+@pytest.mark.parametrize("given, says", [
+    (dict(parameters=[ImageParameters()]), "parameters must be a list of Parameters, not Image.*make_images"),
+    (dict(parameters=Parameters()), "^parameters must be a list of Parameters, not Parameters"),
+    (dict(parameters="ring"), "^parameters must"), (dict(parameters=[None]), "^parameters must"),
+    (dict(study="a/b"), "^study must"), (dict(root=3), "^root must"), (dict(stack=0), "^stack must"),
+    (dict(workers=10**6), "^workers must"), (dict(progress=5), "^progress must")], ids=str)
+def test_what_make_grid_is_given(given, says):
+    with pytest.raises((ValueError, TypeError), match=says) as e: make_grid(**dict(parameters=[]) | given)
+    assert len(str(e.value)) <= 300
 
 
 # ---- stacks
@@ -93,7 +114,18 @@ def test_a_killed_grid_loses_nothing_and_ends_the_same(death, tmp_path, whole):
     assert not list((tmp_path / "train").glob(".*"))
 
 
+def test_the_checkpoint_of_another_stack_is_refused(tmp_path, whole):
+    with pytest.raises(Stopped): make_grid([*whole][:2], root=tmp_path, progress=stop_at("train", 2))
+    checkpoint, = tmp_path.glob("train/.stack*")
+    others = [dataclasses.replace(p, seed=7) for p in [*whole][:2]]
+    with pytest.raises(Stopped): make_grid(others, root=tmp_path, progress=stop_at("train", 2))
+    other, = {*tmp_path.glob("train/.stack*")} - {checkpoint}
+    other.replace(checkpoint)
+    with pytest.raises(ValueError, match="checkpoint.*Move it away"): make_grid([*whole][:2], root=tmp_path)
+
+
 def test_a_grid_killed_between_the_records_of_a_stack_ends_the_same(tmp_path, whole, monkeypatch):
+    "the stack goes on as it was, with the run of it that is finished: another stack would round otherwise"
     write, written = grids.write_record, []
     def dying(*args, **kw):
         if written: raise Stopped
@@ -101,7 +133,27 @@ def test_a_grid_killed_between_the_records_of_a_stack_ends_the_same(tmp_path, wh
     with monkeypatch.context() as m, pytest.raises(Stopped):
         m.setattr(grids, "write_record", dying)
         make_grid(list(whole), root=tmp_path, stack=2)
-    assert len(ends_the_same(tmp_path, whole)) == 1
+    reports = []
+    make_grid(list(whole), root=tmp_path, stack=3, progress=lambda *now: reports.append(now))
+    assert reports[:2] == [("stack", 0, 2), ("train", 3, 3)], "trained again"
+    assert len(ends_the_same(tmp_path, whole)) == 3 and not list((tmp_path / "train").glob(".*"))
+
+
+LONG = """
+import sys
+from lfdm.grids import grid, make_grid
+few = dict(dataset="cluster", width=4, batch_size=50_000, n_samples=8, sample_steps=2)
+make_grid(grid(epochs=[1, 100_000], **few), root=sys.argv[1], stack=1, workers=2)
+"""
+
+def test_the_workers_of_a_killed_grid_end_with_it(tmp_path):
+    "one is at work and one has nothing to do: it would hold its memory for minutes (more kills: kills.py)"
+    parent = subprocess.Popen([sys.executable, "-c", LONG, tmp_path], start_new_session=True)
+    for _ in range(1200):
+        if list(tmp_path.glob("train/cluster*")): break   # the short run is finished
+        time.sleep(.1)
+    parent.kill(); parent.wait()
+    assert ended(parent.pid)
 
 
 def test_a_grid_takes_up_runs_made_alone(tmp_path, whole):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 from fastcore.docments import docments
 from packaging.requirements import Requirement
 
@@ -137,12 +138,9 @@ DIRECTIVES = ("default_exp", "export", "exports", "exporti", "hide", "eval", "ec
 @NOTEBOOKS
 def test_a_continued_caption_is_no_directive(notebook):
     "`#|` and two spaces go on with a caption. To nbdev each line is a directive, known by its first word."
-    lines = [line for source, _ in cells(notebook, "code") for line in source.splitlines()]
-    continued = [(before, line) for before, line in zip(lines, lines[1:]) if re.match(r"#\|  +\S", line)]
-    for before, line in continued:
-        assert re.match(r"#\|(  +\S| (fig|tbl)-cap: )", before), f"it continues no caption: {line}"
-        word = re.split(r"\W", line[2:].strip())[0]
-        assert word not in DIRECTIVES, f"nbdev takes it for a directive: {line}"
+    for source, _ in cells(notebook, "code"):
+        for word in re.findall(r"^#\|  +(\w+)", source, re.M):
+            assert word not in DIRECTIVES, f"nbdev takes the word {word} of a caption for a directive"
 
 
 def test_no_line_is_wide():
@@ -261,6 +259,18 @@ def test_constraints_pin_every_requirement():
     for need in map(Requirement, (SETTINGS["requirements"] + " " + SETTINGS["dev_requirements"]).split()):
         pinned = need.name in pins and need.specifier.contains(pins[need.name])
         assert pinned, f"{need} is not pinned: run `make lock`"
+
+
+def test_workflows_are_pinned_and_may_only_read():
+    "By full commit, with the version beside it. Only the job that publishes may do more; it runs no code."
+    for path in (ROOT / ".github/workflows").iterdir():
+        text = path.read_text()
+        for line in re.findall(r"uses:.*", text):
+            assert re.fullmatch(r"uses: [\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line), f"{path.name}: {line}"
+        workflow = yaml.safe_load(text)
+        assert workflow["permissions"] == {"contents": "read"}, path.name
+        for job in workflow["jobs"].values():
+            assert "permissions" not in job or not any("run" in step for step in job["steps"]), path.name
 
 
 def test_make_lists_its_targets():

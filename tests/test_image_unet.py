@@ -1,12 +1,12 @@
-"Attempts to break lfdm.images.unet: random options and sizes, precisions, memory formats, and wrong input."
-import copy
+"Attempts to break lfdm.images.unet: random options and sizes, precisions, and wrong input."
 import json
-import math
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from lfdm.core import seeded
+from lfdm.discrete import DDPMSchedule
 from lfdm.images.unet import (
     UNETS,
     AttentionBlock,
@@ -17,20 +17,17 @@ from lfdm.images.unet import (
     time_embedding,
     unet,
 )
-from lfdm.losses import DiffusionLoss
+from lfdm.interop import as_unet
+from lfdm.schedules import network_time
 
 torch.set_num_threads(1)
-f64, last = torch.float64, torch.channels_last
-few = settings(max_examples=12, deadline=None, derandomize=True, database=None)
+f64 = torch.float64
 close = lambda a, b, within=1e-12: torch.testing.assert_close(a, b, rtol=0, atol=within)
-
-
-def generator(seed=0): return torch.Generator().manual_seed(seed)
 
 
 def awake(net):
     "The network with random numbers where a new one has zeros."
-    g = generator()
+    g = seeded(0)
     with torch.no_grad():
         for p in net.parameters():
             if not p.any(): p.copy_(0.1 * torch.randn(p.shape, generator=g))
@@ -42,7 +39,7 @@ def tiny(**options):
 
 
 def batch(n=3, channels=2, height=8, width=8):
-    g = generator()
+    g = seeded(0)
     return torch.randn(n, channels, height, width, generator=g), torch.rand(n, generator=g)
 
 
@@ -59,7 +56,7 @@ def options(draw):
                 heads=whole(1, 2), dropout=draw(st.sampled_from([0., 0.1])))
 
 
-@few
+@settings(max_examples=12, deadline=None, derandomize=True, database=None)
 @given(options(), st.integers(1, 3), st.integers(1, 2), st.integers(1, 3))
 def test_output_is_like_the_input_and_gradients_reach_every_parameter(options, n, rows, columns):
     net = awake(UNet(**options))
@@ -69,43 +66,14 @@ def test_output_is_like_the_input_and_gradients_reach_every_parameter(options, n
     assert out.shape == z.shape and out.dtype == z.dtype and out.isfinite().all()
     (out - torch.randn_like(out)).square().sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in net.parameters())
-
-
-@few
-@given(options())
-def test_options_make_the_same_network_again(options):
-    with torch.device('meta'):
-        net = UNet(**options)
-        again = UNet(**json.loads(json.dumps(net.options)))
+    with torch.device('meta'): again = UNet(**json.loads(json.dumps(net.options)))
     shapes = lambda net: {k: v.shape for k, v in net.state_dict().items()}
     assert shapes(net) == shapes(again) and json.dumps(again.options) == json.dumps(net.options)
 
 
-def test_a_new_network_predicts_zero_and_learns():
-    torch.manual_seed(0)
-    net, loss = UNet(1, 8, (1, 2), layers=1, mid=1), DiffusionLoss('cosine', 'v', 'weighted')
-    x = torch.tensor([-1., 1.]).repeat(16).view(-1, 1, 1, 1).expand(-1, 1, 8, 8)     # black and white
-    assert not net(*batch(channels=1)).any()
-    optimizer, losses = torch.optim.Adam(net.parameters(), 3e-3), []
-    for _ in range(60):
-        losses.append(loss(net, x).mean())
-        optimizer.zero_grad(); losses[-1].backward(); optimizer.step()
-    assert sum(losses[-10:]) / 10 < 0.4 * losses[0]
-
-
 # --- what a prediction depends on
 
-@torch.no_grad()
-def test_each_example_is_predicted_by_itself():
-    net, (z, u) = tiny(attention='all').double().eval(), (a.double() for a in batch(5))
-    out, order = net(z, u), torch.tensor([3, 0, 4, 1, 2])
-    close(net(z[order], u[order]), out[order])
-    for i in range(5): close(net(z[i:i + 1], u[i:i + 1]), out[i:i + 1])
-    z[1] = math.nan
-    assert net(z, u).isfinite().flatten(1).all(1).tolist() == [True, False, True, True, True]
-
-
-@pytest.mark.parametrize('width', [2, 3, 4, 8, 16])
+@pytest.mark.parametrize('width', [2, 3, 4, 16])
 def test_time_matters_at_every_width(width):
     "with one channel to a group, the second group norm of a resnet block takes the time away again"
     block = awake(ResBlock(width, width, 16)).double()
@@ -123,43 +91,25 @@ def test_attention_is_where_it_was_asked_for(attention, where):
     assert ['.'.join(name.split('.')[:2]) for name in found] == where.split()
 
 
-@pytest.mark.parametrize('heads', [2, 4])
-def test_attention_block_is_the_formula(heads):
-    block = awake(AttentionBlock(8, heads)).double()
-    x = torch.randn(2, 8, 3, 5, dtype=f64, generator=generator())
+def test_two_heads_are_the_formula():
+    block = awake(AttentionBlock(8, 2)).double()
+    x = torch.randn(2, 8, 3, 5, dtype=f64, generator=seeded(0))
     qkv = block.qkv(block.norm(x).flatten(2).mT).chunk(3, -1)
-    q, k, v = (a.unflatten(2, (heads, -1)).transpose(1, 2) for a in qkv)
-    seen = (torch.softmax(q @ k.mT / (8 / heads)**0.5, -1) @ v).transpose(1, 2).flatten(2)
+    q, k, v = (a.unflatten(2, (2, -1)).transpose(1, 2) for a in qkv)
+    seen = (torch.softmax(q @ k.mT / 4**0.5, -1) @ v).transpose(1, 2).flatten(2)
     close(block(x), x + block.out(seen).mT.unflatten(2, (3, 5)))
 
 
-# --- the time embedding
-
-def test_embedding_is_exact_to_float32_and_bounded():
-    u = torch.rand(200, dtype=f64, generator=generator())
+def test_embedding_is_exact_and_embedded_times_stay_distinct():
+    u = torch.rand(200, dtype=f64, generator=seeded(0))
     angles = 1000 * u[:, None] * 10000**(-torch.arange(8, dtype=f64) / 8)
     close(time_embedding(u, 16), torch.cat([angles.sin(), angles.cos()], 1), 1e-9)
     close(time_embedding(u.float(), 16).double(), time_embedding(u, 16), 3e-4)
-    assert time_embedding(u.bfloat16(), 32).dtype == torch.float32
-
-
-def test_embedded_times_stay_distinct_under_autocast():
     with torch.autocast('cpu', torch.bfloat16): out = TimeEmbedding(32, 64)(torch.arange(1000) / 1000)
     assert len(out.unique(dim=0)) == 1000
 
 
-# --- precision, memory format, copies
-
-def test_memory_formats_agree_in_value_and_gradient():
-    net, (z, u) = tiny(attention='all').double(), (a.double() for a in batch())
-    twin = copy.deepcopy(net).to(memory_format=last)
-    out, other = net(z, u), twin(z.contiguous(memory_format=last), u)
-    assert other.is_contiguous(memory_format=last)
-    close(out, other)
-    out.square().sum().backward(), other.square().sum().backward()
-    for p, q in zip(net.parameters(), twin.parameters()):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9)
-
+# --- precision, dropout, the compiler
 
 def test_autocast_returns_the_dtype_of_z_and_is_close():
     net, (z, u) = tiny(width=8, attention='all'), batch()
@@ -168,73 +118,58 @@ def test_autocast_returns_the_dtype_of_z_and_is_close():
     assert out.dtype == torch.float32 and 0 < (out - exact).abs().max() < 0.1 * exact.abs().max()
     out.square().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in net.parameters())
-    assert copy.deepcopy(net).bfloat16()(z.bfloat16(), u.bfloat16()).dtype == torch.bfloat16
 
 
-def test_a_deep_copy_stands_alone():
-    net, data = tiny(), batch()
-    twin, out = copy.deepcopy(net), net(*data)
-    assert torch.equal(twin(*data), out) and twin.options == net.options
-    with torch.no_grad():
-        for p in twin.parameters(): p.zero_()
-    assert torch.equal(net(*data), out) and not twin(*data).any()
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_sixteen_bits_keep_times_apart(dtype):
+    "u is shown in float32 to a network of 16 bits; of a thousand times 501 are distinct in bfloat16"
+    net, told = tiny().to(dtype), []
+    net.time.register_forward_hook(lambda module, inputs, out: told.append(out))
+    chain = as_unet(net, 'ddpm', (2, 8, 8))
+    z, k = torch.zeros(1000, 2, 2, 2, dtype=dtype), torch.arange(1000)
+    with torch.no_grad(): out = chain(z, k).sample
+    u = network_time(DDPMSchedule().logsnr((k + 1).double() / 1000)).float()
+    exact = time_embedding(u, net.time.dim).to(dtype)
+    assert out.dtype == dtype and out.isfinite().all()
+    assert torch.equal(told[0], net.time.layers(exact)) and len(exact.unique(dim=0)) > 950
 
 
 def test_dropout_acts_in_training_only():
     net, data = tiny(dropout=0.5), batch()
     assert not torch.equal(net(*data), net(*data))
-    net.eval()
-    assert torch.equal(net(*data), net(*data))
+    assert torch.equal(net.eval()(*data), net(*data))
 
 
 def test_the_graph_is_whole_for_the_compiler():
     "one graph, no breaks; run by a backend that needs no C compiler"
-    net, (z, u) = tiny(attention='all'), batch()
+    net, (z, u) = tiny(multipliers=(1,), halvings=1, attention='all', mid=0), batch()
     torch.testing.assert_close(torch.compile(net, backend='eager', fullgraph=True)(z, u), net(z, u))
     with pytest.raises(ValueError, match='cannot be halved'): net(z[..., :7], u)
-
-
-def test_names_of_the_parameters_stay():
-    "checkpoints are read by these names"
-    names = list(tiny(attention='all').state_dict())
-    parts = dict.fromkeys(name.rpartition('.')[0] for name in names)
-    assert list(parts)[:5] == ['time.layers.0', 'time.layers.2', 'first', 'down.0.layers.0.first.0',
-                               'down.0.layers.0.first.2'] and len(names) == 110
-    assert set(parts) >= {
-        'down.0.halve', 'down.1.layers.0.residual', 'down.0.layers.0.time.1', 'down.0.layers.0.second.3',
-        'down.0.layers.1.norm', 'down.0.layers.1.qkv', 'down.0.layers.1.out', 'mid.0.layers.2.first.2',
-        'up.1.doubled.1', 'up.0.layers.0.residual', 'last.0', 'last.2'}
 
 
 # --- wrong input
 
 @pytest.mark.parametrize('name, bad, message', [
-    ('width', 0, 'at least 2'), ('width', 2.5, 'whole number'), ('channels', 0, 'channels'),
-    ('layers', 0, 'layers'), ('mid', -1, 'mid'), ('multipliers', (), 'at least one'),
-    ('multipliers', '', 'at least one'),
-    ('multipliers', '1, two', "'1, two'"), ('multipliers', (1, 0), 'multipliers'),
-    ('attention', 'al', "Did you mean 'all'"), ('attention', '9', 'numbered from 0 to 1'),
-    ('attention', (0, 2), 'numbered from 0 to 1'), ('attention', (-1,), 'attention'),
-    ('heads', 3, '3 heads do not divide 8 channels'), ('halvings', 3, 'from 0 to 2'),
-    ('dropout', 1.5, 'dropout')])
+    ('width', 2.5, 'whole number'), ('channels', 0, 'channels'), ('layers', 0, 'layers'),
+    ('multipliers', '', 'at least one'), ('multipliers', (1, 0), 'multipliers'), ('dropout', 1.5, 'dropout'),
+    ('attention', (-1,), 'attention'), ('width', 'wide', 'width'), ('multipliers', None, 'multipliers'),
+    ('heads', True, 'heads'), ('attention', 1j, 'attention'),
+    ('layers', 10**9, 'layers'), ('multipliers', [1] * 99, 'at most 20'), ('width', 10**30, 'width')])
 def test_bad_options(name, bad, message):
-    with pytest.raises(ValueError, match=message): tiny(**{name: bad})
-
-
-@pytest.mark.parametrize('bad', [dict(width='wide'), dict(multipliers=None), dict(multipliers=(1, 'a')),
-                                 dict(heads=True), dict(attention=1j)])
-def test_bad_types(bad):
-    with pytest.raises(TypeError): tiny(**bad)
+    with pytest.raises((TypeError, ValueError), match=message): tiny(**{name: bad})
 
 
 @pytest.mark.parametrize('shape', [(3, 2), (3, 1, 8, 8), (2, 8, 8)])
 def test_data_that_are_no_such_images(shape):
     with pytest.raises(ValueError, match=rf'images of shape \(n, 2, H, W\), not \({shape[0]}'):
         tiny()(torch.zeros(shape), torch.zeros(shape[0]))
+    for wrong in ((), (1,), (3, 1)):
+        with pytest.raises(ValueError, match=r'u must have shape \(2,\)'):
+            tiny()(torch.zeros(2, 2, 8, 8), torch.zeros(wrong))
 
 
 @given(st.integers(0, 5), st.integers(1, 200), st.integers(1, 200))
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
 def test_sizes_are_taken_exactly_when_they_can_be_halved(halvings, height, width):
     of = lambda halvings: dict(halvings=halvings)
     if height % 2**halvings == width % 2**halvings == 0: return require_size(of(halvings), height, width)
@@ -252,17 +187,14 @@ def test_sizes_are_taken_exactly_when_they_can_be_halved(halvings, height, width
 
 # --- by name
 
-@pytest.mark.parametrize('name, low, high', [
-    ('small', 1e5, 2.5e5), ('ddpm', 30e6, 40e6), ('thesis', 20e6, 100e6)])
-def test_presets(name, low, high):
-    with torch.device('meta'):
-        net = unet(name, 3, 32)
-        assert net(torch.empty(2, 3, 32, 32), torch.empty(2)).shape == (2, 3, 32, 32)
-    assert low < sum(p.numel() for p in net.parameters()) < high
-    if name != 'thesis': return
+def test_the_presets_stay_what_runs_know_them_by():
+    "A run's name holds the preset's: changed options need a name of their own, or a RESULTS_VERSION."
+    with torch.device('meta'): nets = {name: unet(name) for name in UNETS}
+    counts = {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}
+    assert counts == dict(small=140819, thesis=69063299, ddpm=36867331)
     kinds = lambda blocks: [[type(m) for m in block.layers] for block in blocks]
-    assert kinds([*net.down, *net.up]) == [[ResBlock, AttentionBlock] * 6] * 8
-    assert kinds(net.mid) == [[ResBlock] + [AttentionBlock, ResBlock] * 6] * 3
+    assert kinds([*nets['thesis'].down, *nets['thesis'].up]) == [[ResBlock, AttentionBlock] * 6] * 8
+    assert kinds(nets['thesis'].mid) == [[ResBlock] + [AttentionBlock, ResBlock] * 6] * 3
 
 
 def test_words_with_options():
@@ -272,18 +204,10 @@ def test_words_with_options():
 
 
 @pytest.mark.parametrize('words, size, message', [
-    ('smal', 16, "Did you mean 'small'"), ('small(wdth=3)', 16, "Did you mean 'width'"),
-    ('small(3)', 16, 'width'),
-    ('small(channels=3)', 16, "unknown option of small: 'channels'"), ('small(width=0)', 16, 'width must be'),
-    ('small', 10, 'nearest sizes: 8×8 and 12×12'), ('thesis', (32, 24), 'halvings=3 or less')])
+    ('small(3)', 16, 'width'), ('small(channels=3)', 16, "unknown option of small: 'channels'"),
+    ('small(width=0)', 16, 'width must be'), ('small', 10, 'nearest sizes: 8×8 and 12×12'),
+    ('small', (16,), 'size must be'), ('small', (), 'size must be'), ('small', (16, 16, 1), 'size must be'),
+    ('small', None, 'size must be'), ('small', '16', 'size must be'), (None, 16, 'name must be'),
+    ('small(layers=1000000000)', 16, 'layers must be')])
 def test_wrong_words_and_sizes(words, size, message):
-    with pytest.raises(ValueError, match=message): unet(words, 1, size)
-
-
-def test_the_presets_stay_what_runs_know_them_by():
-    "A run's name holds the preset's: changed options need a name of their own, or a RESULTS_VERSION."
-    keys = ('width', 'multipliers', 'layers', 'halvings', 'attention', 'mid', 'heads')
-    of = lambda *values: dict(zip(keys, values))
-    presets = dict(small=of(16, '1, 1, 2', 1, 2, 'mid', 1), ddpm=of(128, '1, 2, 2, 2', 2, 3, '1', 3),
-                   thesis=of(64, '1, 2, 3, 4', 6, 4, 'all', 3, 4))
-    assert presets == UNETS
+    with pytest.raises((TypeError, ValueError), match=message): unet(words, 1, size)

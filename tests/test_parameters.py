@@ -9,9 +9,11 @@ import torch
 from papermill.cli import _resolve_type
 
 from lfdm import parameters
+from lfdm.data import DATASETS
 from lfdm.parameters import RANGE_FIELDS, RESULTS_VERSION, Parameters, parameters_from, valid_names
+from lfdm.runs import beside, folder_of
 from lfdm.tasks import RUN_KINDS, kind_of
-from tiny import register, small
+from tiny import Tiny, register, small
 
 REFUSED = (ValueError, TypeError)
 OF_NO_USE = [math.nan, math.inf, -math.inf, "true", "", "5", [], [5], {}, True, False, 10**400, -10**400, 1j,
@@ -41,23 +43,28 @@ def test_wrong_numbers(name):
 @pytest.mark.parametrize("name", ["dataset", "target", "weighting", "schedule", "sampler", "device"])
 def test_wrong_names(name):
     for value in [*NO_NUMBER, "cpuu"]:
-        with pytest.raises(ValueError, match=f"^unknown {name} .*Valid: "): Parameters(**{name: value})
+        with pytest.raises(REFUSED, match=f"^(unknown {name} .*Valid: |{name} must)"):
+            Parameters(**{name: value})
+    assert Parameters(device=torch.device("cpu")) == Parameters()
 
 
-@pytest.mark.parametrize("ends", [(3, 3), (4, 3), (12.9, None), (None, -12.9), (-300, None), (None, 300)])
+@pytest.mark.parametrize("ends", [(3, 3), (4, 3), (12.9, None), (None, -12.9), (-300, None), (None, 300),
+                                  (-80, 80.1)])
 @pytest.mark.parametrize("choice", [dict(schedule="cosine"), dict(schedule="linear"), dict(schedule="ve"),
-                                    dict(target="score")], ids=str)
+                                    dict(schedule="edm_sample(rho=0.1)"), dict(target="score")], ids=str)
 def test_a_range_that_cannot_be(choice, ends):
     "it is empty, or in float32 a scale is 0 there: the network must not be trained first"
-    with pytest.raises((ValueError, ZeroDivisionError), match="alpha|sigma|logsnr"):
+    with pytest.raises(ValueError, match="alpha|sigma|logsnr"):
         Parameters(**choice, **dict(zip(RANGE_FIELDS, ends)))
 
 
 def test_limits():
-    Parameters(epochs=1, batch_size=1, width=1, sample_steps=1, n_samples=2, seed=2**63 - 1, lr=1e-300)
+    Parameters(epochs=1, batch_size=1, width=1, sample_steps=1, n_samples=2, seed=2**32 - 1, lr=1e-300)
     with pytest.raises(ValueError, match="^batch_size 50001 is larger than the data: 50000"):
         Parameters(batch_size=50_001)
     with pytest.raises(ValueError, match="^n_samples must"): Parameters(n_samples=1)
+    with pytest.raises(ValueError, match="^rho must be at least 0.114 for logsnr from -80 to 80, not 0.1"):
+        Parameters(schedule="edm_sample(rho=0.1)", logsnr_min=-80, logsnr_max=80)
 
 
 @pytest.mark.parametrize("name", RUN_KINDS)
@@ -84,6 +91,17 @@ def test_equal_parameters_have_one_name():
         assert small(**one) == small(**other) and small(**one).slug() == small(**other).slug()
 
 
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "..", "a\\b", "a\nb\0", "\ud800\u2028", "ü" * 120])
+def test_a_name_is_that_of_one_folder_whatever_its_data_are_called(name, tmp_path, monkeypatch):
+    "image folders as well: their path may stand in the name of the set"
+    monkeypatch.setitem(DATASETS, name, Tiny)
+    images = kind_of("images")(dataset=f"folder(path='{name}')", content="1x8x8, 17 values, 3d019220")
+    for p in (small(dataset=name), images):
+        folder = folder_of(p, root=tmp_path)
+        assert folder.parent == tmp_path / "train" and re.fullmatch(r"[^./\\\n\0][^/\\\n\0]+", p.slug())
+        beside(folder, "partial").mkdir(parents=True, exist_ok=True)
+
+
 # ---- a notebook's variables
 
 def test_a_notebooks_variables_become_parameters():
@@ -103,12 +121,12 @@ def test_a_misspelt_parameter():
 
 @pytest.mark.parametrize("name, value", [
     *((name, kind(7)) for name in NUMBERS for kind in (np.int64, np.float32, np.float64, np.uint8)),
-    ("lr", np.float32(.5)), ("epochs", torch.tensor(3)), ("width", {8}), ("device", torch.device("cpu")),
+    ("lr", np.float32(.5)), ("epochs", torch.tensor(3)), ("width", {8}), ("seed", 2**32),
     ("target", b"v"), ("schedule", object())], ids=lambda v: str(v)[:12])
 def test_a_parameter_of_an_odd_type_is_taken_or_refused_never_ignored(name, value):
     try: found = getattr(parameters_from({name: value}), name)
     except REFUSED as e: assert name in str(e)
-    else: assert found == value and type(found) is (float if name == "lr" else int)
+    else: assert found == value and type(found) is dict(lr=float, device=str).get(name, int)
 
 
 # ---- records

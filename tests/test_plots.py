@@ -86,7 +86,7 @@ def test_what_a_study_keeps_of_a_figure(fig, tmp_path):
 @pytest.mark.parametrize("name, parameters, scale, error, said", [
     ("a", {}, "smok", ValueError, "Did you mean 'smoke'?"), ("../a", {}, "full", ValueError, "'../a'"),
     ("a.png", {}, "full", ValueError, "'a.png'"), ("", {}, "full", ValueError, "''"),
-    (3, {}, "full", ValueError, "not 3"), ("a", {"fig": object()}, "full", TypeError, "JSON"),
+    (3, {}, "full", TypeError, "name must be a str"), ("a", {"fig": object()}, "full", TypeError, "JSON"),
     ("a", {"k": float("nan")}, "full", ValueError, "JSON"), ("a", [1], "full", TypeError, "dict")])
 @pytest.mark.parametrize("given", [True, False])
 def test_bad_input_writes_nothing(fig, tmp_path, monkeypatch, name, parameters, scale, error, said, given):

@@ -1,31 +1,39 @@
 "Records of many runs: small, whole or not there, and drawn from without the runs."
 import errno
+import hashlib
 import io
 import json
 import os
-import signal
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from lfdm import studies
 from lfdm.data import DATASETS
 from lfdm.folders import runs_root
 from lfdm.grids import grid, make_grid
 from lfdm.parameters import Parameters
+from lfdm.runs import Run, load_run
+from lfdm.steps import exact_denoiser
 from lfdm.studies import (
     Record,
     all_cached,
+    arrow_grid,
     cached_arrays,
     condense,
+    error_variance,
+    learned_score,
     load_record,
     make_record,
     mean_sd,
     measured,
     npz_bytes,
     outside,
+    sample_quality,
     table,
 )
 from tiny import SERVER
@@ -70,6 +78,8 @@ def test_a_record_comes_back_as_it_was_with_rows_and_arrays_of_the_same_runs(rec
         assert row["run"].startswith(f"cluster-{row['target']}")
     assert [r["seed"] for r in record.rows] == [0, 0, 1, 1] and len(record.arrays["samples"]) == 2
     assert record.values("samples", seed=0, target="v").shape == (1, 20, 2)
+    shapes = [record.arrays[name].shape for name in ("samples_few", "field")]
+    assert shapes == [(2, 1, 10, 2), (4, 1, 4, 2)]
 
 
 @pytest.mark.parametrize("ask, says", [
@@ -92,9 +102,57 @@ def test_a_missing_or_damaged_record_names_the_command(record, which):
         path.write_bytes(damage)
         with pytest.raises(ValueError, match="is damaged.*Make it: make figures scale=smoke"):
             load_record("study", "smoke")
+    with pytest.raises(FileNotFoundError, match=r"'sudy' .* Did you mean 'study'\? Make it"):
+        load_record("sudy", "smoke")
     path.unlink()
     with pytest.raises(FileNotFoundError, match=f"study-smoke{which} is missing. Make it: papermill x"):
         load_record("study", "smoke", "papermill x")
+
+
+def test_every_flipped_bit_of_a_record_is_noticed_or_harmless(place_for_all):
+    whole = load_record("triples")
+    path = whole.save("triples", "smoke")
+    rng = np.random.default_rng(0)
+    for file in (path, path.with_suffix(".npz")):
+        content = file.read_bytes()
+        for place, bit in zip(rng.integers(len(content), size=100), rng.integers(8, size=100)):
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << bit
+            file.write_bytes(flipped)
+            try: again = load_record("triples", "smoke")
+            except ValueError: continue
+            assert again.rows == whole.rows and again.settings == whole.settings, "a flip was not noticed"
+            assert same(again.arrays, whole.arrays)
+        file.write_bytes(content)
+
+
+def lying():
+    "An .npz whose array says that it is of 32 GB, and is not."
+    with io.BytesIO() as file:
+        with zipfile.ZipFile(file, "w") as members, members.open("a.npy", "w") as f:
+            np.lib.format.write_array_header_1_0(f, dict(shape=(4, 10**9), fortran_order=False, descr="<f8"))
+        return file.getvalue()
+
+
+@pytest.mark.parametrize("change, packed, says", [
+    ({}, npz_bytes({"a": np.zeros(100)}), r"a.npy has shape \(100,\) of float64 for 4 runs"),
+    ({}, npz_bytes({"a": np.zeros((4, 1000))}), "would take more than 30,000 bytes"),
+    ({}, lying(), r"a.npy has shape \(4, 1000000000\)"),
+    ({"study": "other"}, npz_bytes({}), "it is of study 'other'"),
+    ({"more": 1}, npz_bytes({}), "it must hold study, scale")], ids=range(5))
+def test_a_record_is_compared_with_what_it_says_before_anything_is_allocated(
+        record, monkeypatch, change, packed, says):
+    "though all digests are right; and an old one that has none is loaded, but says so"
+    monkeypatch.setattr(studies, "_MOST", 30_000)
+    path = Record(record.settings, record.rows, {}).save("study", "smoke")
+    path.with_suffix(".npz").write_bytes(packed)
+    content = json.loads(path.read_text()) | change | {"arrays": hashlib.sha256(packed).hexdigest()}
+    path.write_text(json.dumps(content | {"digest": studies._content_digest(content)}))
+    with pytest.raises(ValueError, match=says): load_record("study", "smoke")
+    old = json.loads(record.save("study", "smoke").read_text())
+    path.write_text(json.dumps({k: v for k, v in old.items() if k != "digest"}))
+    with pytest.warns(UserWarning, match="before records had a digest"):
+        assert load_record("study", "smoke").rows == record.rows
 
 
 def test_a_half_written_record_is_not_taken_for_one(record, monkeypatch):
@@ -125,12 +183,6 @@ def test_a_record_from_before_a_parameter_was_added_is_of_its_default(record, ru
     assert all({"ema", "clip", "warmup"} <= set(row) for row in load_record("old", "smoke").rows)
 
 
-def test_an_unknown_scale_is_refused_before_any_work(runs):
-    with pytest.raises(ValueError, match="Did you mean 'smoke'"):
-        make_record("new", grid(target="x", **SMALL | {"width": 9}), MEASURED, "smok")
-    assert not (runs / "new-smok").exists()
-
-
 # --- measurements that are kept
 
 ARRAYS = {"a": np.arange(6.).reshape(2, 3), "b": np.array(3, dtype=np.int16),
@@ -153,14 +205,14 @@ def test_arrays_are_made_once_and_come_back_as_they_were(record, runs, tmp_path)
     assert len(list((runs / "study/measured").glob(f"{run.name}-*.npz"))) == 2, "one for each settings"
 
 
-def npy(a):
-    with io.BytesIO() as f: np.save(f, a); return f.getvalue()
+def saved(save, array):
+    with io.BytesIO() as f: save(f, array); return f.getvalue()
 
 
 @pytest.mark.parametrize("damage", [
     lambda b: b"", lambda b: b"nonsense", lambda b: b[:len(b) // 2], lambda b: b[:-1],
-    lambda b: b[:60] + bytes([b[60] ^ 1]) + b[61:], lambda b: npy(np.arange(3)),
-    lambda b: npz_bytes({"a": np.array([{}], dtype=object)})], ids=range(7))
+    lambda b: b[:60] + bytes([b[60] ^ 1]) + b[61:], lambda b: saved(np.save, np.arange(3)),
+    lambda b: saved(np.savez, np.array([{}], dtype=object))], ids=range(7))
 def test_a_damaged_file_is_made_again(tmp_path, damage):
     "cut anywhere, one bit of the data turned, another kind of file, one that would have to be unpickled"
     make, calls = counted({"a": np.arange(100.)})
@@ -172,14 +224,43 @@ def test_a_damaged_file_is_made_again(tmp_path, damage):
     assert len(calls) == 2 and path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
 
 
+def refused(*a, **kw): raise OSError(errno.EROFS, "Read-only file system")
+
+
 @pytest.mark.parametrize("where", [(Path, "write_bytes"), (os, "replace"), (Path, "mkdir")])
-def test_a_full_or_read_only_disk_is_told_and_keeps_what_it_had(tmp_path, monkeypatch, where):
-    def refused(*a, **kw): raise OSError(errno.EROFS, "Read-only file system")
+def test_a_full_or_read_only_disk_is_told_and_loses_nothing(tmp_path, monkeypatch, where):
     path = tmp_path / "a.npz"
     path.write_bytes(b"damaged")
     monkeypatch.setattr(*where, refused)
-    with pytest.raises(OSError, match="Read-only"): cached_arrays(path, lambda: ARRAYS)
+    with pytest.warns(UserWarning, match="not kept, for .*a.npz: .*Read-only"):
+        assert same(cached_arrays(path, lambda: ARRAYS), ARRAYS)
     assert [f.read_bytes() for f in tmp_path.iterdir()] == [b"damaged"], "a draft was left"
+
+
+def test_what_cannot_be_written_or_measured_is_refused_before_any_work(place_for_all, monkeypatch):
+    asked = grid(target="x", **SMALL)
+    for name, value, says in (
+            ("epochs", [3], "epochs must be from 0 to 2"), ("logsnr", [20.], "logsnr must be"),
+            ("steps", [4], "steps must hold another"), ("step", [2], "Did you mean 'steps'"),
+            ("times", [], "times of the settings"), ("points", "a", "points must be a whole")):
+        with pytest.raises((ValueError, TypeError), match=says):
+            make_record("new", asked, MEASURED | {name: value}, "smoke")
+    monkeypatch.setattr(studies.tempfile, "TemporaryFile", refused)
+    with pytest.raises(OSError, match="no record can be written in .*Read-only"):
+        make_record("new", asked, MEASURED, "smoke")
+    assert not (place_for_all / "new-smoke").exists()
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "..", "", "two\nlines", "x" * 300])
+def test_no_name_leads_out_of_its_folder(place_for_all, name):
+    record = Record({}, [dict(a=1)], {})
+    for call in (lambda: record.save(name, "smoke"), lambda: load_record(name, "smoke"),
+                 lambda: all_cached(name, "smoke", [{}], dict),
+                 lambda: make_record(name, grid(target="x", **SMALL), MEASURED, "smoke")):
+        with pytest.raises(ValueError, match="must be a plain folder name"): call()
+    with pytest.raises(ValueError, match="Did you mean 'smoke'"):
+        make_record("new", grid(target="x", **SMALL), MEASURED, "smok")
+    assert not list(place_for_all.iterdir())
 
 
 def values(results): return [r["value"].item() for r in results]
@@ -229,6 +310,27 @@ def test_the_share_outside_is_that_of_the_data_for_the_data(name):
     spread = (q * (1 - q) * (1 / 1000 + 1 / 50_000))**0.5
     assert abs(outside(dataset.sample(1000, seed=11), dataset, q) - q) < 5 * spread
     assert outside(torch.full((10, 2), 50.), dataset, q) == 1
+    with pytest.raises(ValueError, match="1 of 2 points are not"): outside([[0., 0.], [0., np.nan]], dataset)
+
+
+def test_what_is_measured_on_a_network_that_is_known(record, runs, monkeypatch):
+    "one that always answers 0 misses x by x; the exact denoiser has learned the exact score"
+    run = load_run(runs / "study" / record.rows[0]["run"])
+    run.net, x = (lambda z, u: 0 * z), run.dataset.sample(500, 0, "test")
+    assert torch.allclose(error_variance(run, [.2, .8], 500), x.square().mean(1).var().expand(2))
+    monkeypatch.setattr(Run, "denoiser", lambda self: exact_denoiser(self.dataset))
+    z, level = arrow_grid(4, 2.), run.loss.schedule.level(run.loss.schedule.t(torch.tensor(3.)))
+    assert z.abs().max() == 1.5 and z.unique().tolist() == [-1.5, -.5, .5, 1.5]
+    exact = run.dataset.score(z.float(), level.alpha, level.sigma)
+    assert torch.allclose(learned_score(run, z, 3.), exact, atol=1e-4)
+
+
+def test_only_divergence_is_taken_for_divergence():
+    ring, levels = DATASETS["ring"](), ("cosine", -9.6, 12.9)
+    def judged(denoiser): return sample_quality(denoiser, ring, "euler", 3, levels, 50, real=50)
+    assert (judged(lambda z, level: (z * np.nan, z)) == np.inf).all()
+    layer = torch.nn.Linear(3, 3)
+    with pytest.raises(RuntimeError, match="shapes"): judged(lambda z, level: (layer(z), z))
 
 
 def test_a_table_of_means_over_seeds():
@@ -285,7 +387,7 @@ def test_a_killed_study_leaves_no_process_behind(tmp_path):
     "the workers hold the locks of their runs: if they lived on, the study could not be resumed"
     def written(): return {f: f.stat().st_mtime_ns for f in (tmp_path / "train").glob(".stack-*.safetensors")}
     def wait(condition, what):
-        for _ in range(600):
+        for _ in range(1800):
             if condition(): return
             time.sleep(0.1)
         raise AssertionError(what)
@@ -295,7 +397,7 @@ def test_a_killed_study_leaves_no_process_behind(tmp_path):
         return before == written()
     parent = SERVER.Process(target=endless, args=(tmp_path,))
     parent.start()
-    wait(lambda: len(written()) == 2, "no training began")
-    os.kill(parent.pid, signal.SIGKILL)
+    try: wait(lambda: len(written()) == 2, "no training began")
+    finally: parent.kill()
     parent.join()
     wait(quiet, "the workers live on")

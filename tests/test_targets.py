@@ -3,12 +3,11 @@ import itertools
 import math
 
 import pytest
-import sympy
 import torch
 from hypothesis import given, settings, strategies as st
 
 from lfdm.schedules import SCHEDULES
-from lfdm.targets import TARGETS, F, convert, nonzero
+from lfdm.targets import TARGETS, F, convert
 
 torch.set_num_threads(1)
 f32, f64 = torch.float32, torch.float64
@@ -106,11 +105,39 @@ def test_a_conversion_is_made_where_it_is_determined_and_refused_elsewhere(zero)
         known = torch.zeros_like(x) if infinite else encoded(source)
         got = convert(known, source, target, alpha * x + sigma * eps, alpha, sigma)
         torch.testing.assert_close(got, encoded(target))
-    for tiny in (sympy.Symbol('a'), 1e-300, -1e-300, torch.tensor(1e-30), torch.full((3, 1), 1e-30)):
-        assert nonzero(tiny, 'alpha', 'it') is tiny
+    for tiny in (1e-300, -1e-300, torch.tensor(1e-30), torch.full((3, 1), 1e-30)):
+        convert(x, 'x', 'score', eps, tiny, tiny)
 
 
-# ---- names and options
+# ---- names, options, shapes
+
+def test_scales_of_each_example_multiply_examples():
+    "also where n is the number of dimensions, and whatever the form: a list, an array, 16 bits"
+    (x, eps), logsnr = randn(2, (3, 3), 1), torch.tensor([-2., 0., 3.], dtype=f64)
+    alpha, sigma = SCHEDULES['cosine']().scales(logsnr)
+    column = alpha[:, None], sigma[:, None]
+    z = column[0] * x + column[1] * eps
+    for source, target in itertools.permutations(TARGETS, 2):
+        want = convert(x, source, target, z, *column)
+        for form in (lambda q: q, lambda q: q.numpy(), lambda q: q.tolist(), lambda q: q[:, None]):
+            got = convert(x, source, target, z, form(alpha), form(sigma))
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+        half = [q.bfloat16() for q in (x, z, alpha, sigma)]
+        of = lambda y, *rest, pair=(source, target): convert(y, *pair, *rest)
+        assert of(*half).dtype == f32 and torch.equal(of(*half), of(*(q.float() for q in half)))
+
+
+@pytest.mark.parametrize('name, bad, says', [
+    ('alpha', torch.ones(2), 'alpha must be one number for all, or one for each of 3 examples'),
+    ('sigma', torch.ones(3, 2), 'sigma must be one number'), ('z', None, 'z must be'),
+    ('z', torch.ones(3, 1), 'z must have y_hat.s shape'), ('y_hat', 'noise', 'y_hat must be'),
+    ('alpha', True, 'alpha must be')], ids=str)
+def test_what_does_not_fit_is_named(name, bad, says):
+    good = dict(y_hat=torch.ones(3, 2), z=torch.ones(3, 2), alpha=torch.ones(3), sigma=torch.ones(3))
+    for source, target in itertools.permutations(TARGETS, 2):
+        with pytest.raises((TypeError, ValueError), match=says):
+            convert(source=source, target=target, **good | {name: bad})
+
 
 @pytest.mark.parametrize('bad', [0, -1., math.nan, math.inf, '1', True, None], ids=repr)
 def test_a_standard_deviation_of_the_data_that_is_none(bad):

@@ -14,25 +14,39 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import from_spec, number, unknown
+from ..core import from_spec, number, shown, typed, unknown
 
 # %% ../../nbs/library/61_unet.ipynb #a31f587a
-def time_embedding(u: torch.Tensor,  # (n,) cosine time in [0, 1]
-                   dim: int,         # d, even
-                  ) -> torch.Tensor: # (n, d), in float32 at least
-    "Sines and cosines of 1000 u at d/2 frequencies from 1 to almost 1/10000."
+def _sinusoids(u, dim):
     u = u.to(torch.promote_types(u.dtype, torch.float32))
     angles = 1000 * u[:, None] * torch.logspace(0, -4, dim // 2 + 1, device=u.device, dtype=u.dtype)[:-1]
     return torch.cat([angles.sin(), angles.cos()], 1)
 
+@typed
+def time_embedding(u: torch.Tensor,  # (n,) cosine time in [0, 1]
+                   dim: int,         # d, even
+                  ) -> torch.Tensor: # (n, d), in float32 at least; raises TypeError or ValueError
+    "Sines and cosines of 1000 u at d/2 frequencies from 1 to almost 1/10000."
+    _require_times(u, dim)
+    return _sinusoids(u, dim)
+
+# %% ../../nbs/library/61_unet.ipynb #256a13ea
+def _require_times(u, dim):
+    "Check that these are times, one for each example, and an even number of sines and cosines."
+    if u.ndim != 1: raise ValueError(f"u must have shape (n,), not {tuple(u.shape)}.")
+    if number('dim', dim, low=2, high=2**20, integer=True) % 2:
+        raise ValueError(f"dim must be even, not {dim}.")
+
 # %% ../../nbs/library/61_unet.ipynb #49d62bb4
 class TimeEmbedding(nn.Module):
     "Sinusoidal encoding → linear → SiLU → linear; thesis figure 4.6."
+    @typed
     def __init__(self,
                  dim: int, # d of the encoding
                  out: int, # dimension of the embedding
                 ):
         super().__init__()
+        number('dim', dim, low=1, high=2**20), number('out', out, low=1, high=2**20)
         self.dim = dim + dim % 2
         self.layers = nn.Sequential(nn.Linear(self.dim, out), nn.SiLU(), nn.Linear(out, out))
 
@@ -40,7 +54,7 @@ class TimeEmbedding(nn.Module):
                 u: torch.Tensor,  # (n,) cosine time
                ) -> torch.Tensor: # (n, out)
         "The embedding of a time."
-        return self.layers(time_embedding(u, self.dim).to(self.layers[0].weight.dtype))
+        return self.layers(_sinusoids(u, self.dim).to(self.layers[0].weight.dtype))
 
 # %% ../../nbs/library/61_unet.ipynb #0b6f1c6b
 def _norm(channels):
@@ -214,43 +228,46 @@ def _cannot_be_halved(halvings, height, width):
             f"their sides must be multiples of {step}. "
             f"The nearest sizes: {near}. Or choose halvings={most}{' or less' * (most > 0)}.")
 
-def _require_channels(z, channels):
-    "Check that z is a batch of images with so many channels."
+def _require_channels(z, u, channels):
+    "Check that z is a batch of images with so many channels, and u a time for each."
     if z.ndim != 4 or z.shape[1] != channels:
         raise ValueError(f"this UNet takes images of shape (n, {channels}, H, W), not {tuple(z.shape)}.")
+    if u.shape != z.shape[:1]:
+        raise ValueError(f"u must have shape ({len(z)},), one time for each image, not {tuple(u.shape)}.")
 
 # %% ../../nbs/library/61_unet.ipynb #f9a9b9a1
 ATTENTION = ('all', 'mid', 'none')   # in every block, in the mid blocks alone, nowhere
 
 def _checked_options(channels, width, multipliers, layers, halvings, attention, mid, heads, dropout):
     "The options of a UNet, complete and in one form."
-    whole = partial(number, integer=True)
-    channels, width = whole('channels', channels, 1), whole('width', width, 2)
-    layers, mid, heads = whole('layers', layers, 1), whole('mid', mid, 0), whole('heads', heads, 1)
-    multipliers = _checked_numbers('multipliers', multipliers, 1)
-    if not multipliers:
-        raise ValueError("multipliers must be at least one number, such as '1, 2, 2': "
-                         "one for each down block.")
+    whole = partial(number, integer=True)   # bounded, so that no text of a record builds for hours
+    channels, width = whole('channels', channels, 1, 2**16), whole('width', width, 2, 2**16)
+    layers, mid = whole('layers', layers, 1, 100), whole('mid', mid, 0, 100)
+    heads = whole('heads', heads, 1, 2**16)
+    multipliers = _checked_numbers('multipliers', multipliers, 1, 2**10)
     blocks = len(multipliers)
+    if not 1 <= blocks <= 20:
+        raise ValueError("multipliers must be at least one number and at most 20, such as '1, 2, 2': "
+                         "one for each down block.")
     halvings = whole('halvings', blocks - 1 if halvings is None else halvings, 0, blocks)
     if attention not in ATTENTION: attention = _checked_blocks(attention, blocks)
     return dict(channels=channels, width=width, multipliers=multipliers, layers=layers, halvings=halvings,
                 attention=attention, mid=mid, heads=heads, dropout=number('dropout', dropout, 0, 1))
 
-def _checked_numbers(name, value, low):
+def _checked_numbers(name, value, low, high):
     "Whole numbers, given as 2, (1, 2, 2) or '1, 2, 2'."
     if not isinstance(value, (str, tuple, list)): value = [value]
     try: values = [int(v) for v in value.replace(',', ' ').split()] if isinstance(value, str) else value
     except ValueError:
-        raise ValueError(f"{name} must be whole numbers such as '1, 2, 2', not {value!r}.") from None
-    return tuple(number(name, v, low=low, integer=True) for v in values)
+        raise ValueError(f"{name} must be whole numbers such as '1, 2, 2', not {shown(value)}.") from None
+    return tuple(number(name, v, low, high, integer=True) for v in values)
 
 def _checked_blocks(attention, blocks):
     "The numbers of the blocks with attention, in order."
     if isinstance(attention, str) and not attention.replace(',', ' ').replace(' ', '').isdigit():
         raise ValueError(unknown('attention', attention, ATTENTION)[:-1]
                          + f", or numbers of blocks from 0 to {blocks - 1}.")
-    numbers = _checked_numbers('attention', attention, 0)
+    numbers = _checked_numbers('attention', attention, 0, 2**10)
     if max(numbers, default=0) >= blocks:
         raise ValueError(f"attention in block {max(numbers)}, "
                          f"but the blocks are numbered from 0 to {blocks - 1}.")
@@ -259,6 +276,8 @@ def _checked_blocks(attention, blocks):
 # %% ../../nbs/library/61_unet.ipynb #9b04abff
 class UNet(nn.Module):
     "Down blocks, mid blocks, up blocks: net(z, u) -> ŷ of z's shape; thesis figure 4.5."
+    time_dtype = torch.float32   # at least that for u: 16 bits cannot tell a thousand times apart
+
     def __init__(self,
                  channels: int = 3,            # C of the images
                  width: int = 64,              # channels of the first block
@@ -297,7 +316,7 @@ class UNet(nn.Module):
                 u: torch.Tensor,  # (n,) cosine time of the noise level
                ) -> torch.Tensor: # (n, C, H, W) ŷ, z's dtype
         "The prediction ŷ."
-        _require_channels(z, self.options['channels'])
+        _require_channels(z, u, self.options['channels'])
         require_size(self.options, *z.shape[2:])
         time, x, kept = self.time(u), self.first(z), []
         for block in self.down:
@@ -315,6 +334,7 @@ UNETS = {   # name -> options of UNet
     'ddpm':   dict(width=128, multipliers='1, 2, 2, 2', layers=2, halvings=3, attention='1', mid=3),
 }
 
+@typed
 def unet(name: str = 'small', # a name in UNETS, or one with options: 'small(width=24)'
          channels: int = 3,   # C of the images
          size=32,             # side of the images, or (H, W)
@@ -322,5 +342,11 @@ def unet(name: str = 'small', # a name in UNETS, or one with options: 'small(wid
     "A new UNet by name."
     registry = {k: partial(UNet, channels, **options) for k, options in UNETS.items()}
     with torch.device('meta'): options = from_spec(registry, name, 'network').options   # no numbers yet
-    require_size(options, *(size if isinstance(size, (tuple, list)) else (size, size)))
+    require_size(options, *_checked_size(size))
     return UNet(**options)
+
+def _checked_size(size):
+    "(H, W) of a side or a pair."
+    sides = size if isinstance(size, tuple | list) else (size, size)
+    if len(sides) != 2: raise ValueError(f"size must be a side or (height, width), not {shown(size)}.")
+    return [number('size', side, low=1, integer=True) for side in sides]
