@@ -57,7 +57,7 @@ def test_moments_far_from_zero_in_any_batches(cut):
 
 
 @pytest.mark.parametrize("mean, cov, said", [
-    ([0.], 1., "shape .F, F"), ([0., math.nan], np.eye(2), "not finite"),
+    ([0.], 1., "shapes .F,. and .F, F"), ([0., math.nan], np.eye(2), "not finite"),
     ([0., 0.], [[1., .5], [-.5, 1.]], "symmetric"), ([0., 0.], [[1., 2.], [2., 1.]], "negative eigenvalue")])
 def test_what_is_no_gaussian(mean, cov, said):
     with pytest.raises(ValueError, match=said): frechet_distance(mean, cov, [0., 0.], np.eye(2))
@@ -66,7 +66,7 @@ def test_what_is_no_gaussian(mean, cov, said):
 @pytest.mark.parametrize("wrong, error, said", [
     (torch.zeros(1, 3), ValueError, "at least 2"), ([], ValueError, "at least 2"),
     (torch.tensor([[1., 2.], [math.inf, 0.]]), ValueError, "number 1"), (torch.zeros(4), TypeError, "shape"),
-    ([torch.zeros(2, 3), torch.zeros(2, 4)], ValueError, "4 features")])
+    ([torch.zeros(2, 3), torch.zeros(2, 4)], ValueError, "a batch of 4 after")])
 def test_what_has_no_moments(wrong, error, said):
     with pytest.raises(error, match=said): moments(wrong)
 

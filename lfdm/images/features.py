@@ -9,6 +9,7 @@ __all__ = ['FEATURES_VERSION', 'FeatureNet', 'classifier_features', 'feature_net
 import hashlib
 import json
 import os
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,20 +19,26 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
-from ..core import lookup, number, project_root, seeded, write_whole
-from .data import quantize, require_images, scaled
-from .fid import frechet_distance, moments
+from ..checkpoints import content_digest
+from ..core import checked_seed, lookup, number, seeded, typed, write_whole
+from .data import ImageSet, quantize, require_images, scaled
+from .fid import frechet_distance, moments, require_in_memory
 
 # %% ../../nbs/library/84_image_features.ipynb #11156dad
 class FeatureNet(nn.Module):
     "A small classifier of images; the layer before its last one gives the features."
+    name = accuracy = None   # set by `feature_net`
+
+    @typed
     def __init__(self,
                  channels: int,      # of the images
                  classes: int,       # how many
                  features: int = 32, # F
                  width: int = 24,    # channels after the first convolution
-                ):
+                ):                   # raises TypeError or ValueError
         super().__init__()
+        for option in ('channels', 'classes', 'features', 'width'):
+            number(option, locals()[option], low=1, high=2**20)
         self.body = nn.Sequential(
             nn.Conv2d(channels, width, 3, 2, 1), nn.ReLU(),
             nn.Conv2d(width, 2 * width, 3, 2, 1), nn.ReLU(),
@@ -50,25 +57,27 @@ class FeatureNet(nn.Module):
         "The layer before the last, where the features of the training images have a total variance of 1."
         return self.body(x) / self.scale
 
-# %% ../../nbs/library/84_image_features.ipynb #fc4ab684
-def _digest(net):
-    "Eight hex digits of a network's weights."
-    h = hashlib.sha256()
-    for name, tensor in sorted(net.state_dict().items()):
-        h.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return h.hexdigest()[:8]
+    @property
+    def digest(self):
+        "Eight hex digits of the weights."
+        h = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            h.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
+        return h.hexdigest()[:8]
 
 # %% ../../nbs/library/84_image_features.ipynb #1b254eac
 def _batches(images, levels, net, batch_size=256):
     "Images as a classifier sees them, on its device."
     for batch in images.split(batch_size): yield scaled(batch, levels).to(net.scale.device)
 
+@typed
 def classifier_features(net: FeatureNet,      # the classifier, on any device
                         images: torch.Tensor, # uint8, shape (n, C, H, W)
                         levels: int = 256,    # a pixel's values
                        ) -> torch.Tensor:     # shape (n, F), on the CPU; raises TypeError or ValueError
     "The features of images."
     require_images('images', images, levels, 1, (net.body[0].in_channels,))
+    require_in_memory('images', images)
     with torch.no_grad():
         return torch.cat([net.features(x).cpu() for x in _batches(images, levels, net)])
 
@@ -115,58 +124,78 @@ def _shifted(x, generator):
 # %% ../../nbs/library/84_image_features.ipynb #c14e656f
 FEATURES_VERSION = 1   # raised by hand when a change of code changes the classifier
 
-def feature_net(dataset,          # an ImageSet with labels
-                seed: int = 0,    # of the weights and the batches
-                steps: int = 600, # of training; others than 600 have a file of their own
-                root=None,        # where runs lie; default: $LFDM_RUNS, or else runs/ of the project
-               ) -> FeatureNet:   # with `name`, `digest` and `accuracy` on the test images; raises ValueError
+@typed
+def feature_net(dataset: ImageSet, # with labels
+                seed: int = 0,     # of the weights and the batches
+                steps: int = 600,  # of training; others than 600 have a file of their own
+                root: str | os.PathLike = None, # where runs lie; default: $LFDM_RUNS, else the project's runs/
+               ) -> FeatureNet:    # with `name`, `digest` and `accuracy` on the test images; raises ValueError
     "The classifier of a set of images, trained here or loaded."
     _require_labels(dataset)
-    seed, steps = number('seed', seed, low=0, integer=True), number('steps', steps, low=1, integer=True)
+    seed, steps = checked_seed(seed), number('steps', steps, low=1, high=10**6, integer=True)
     name = f"{dataset.name}-{dataset.digest}-s{seed}{f'-{steps}steps' if steps != 600 else ''}"
-    folder = Path(root or os.environ.get('LFDM_RUNS') or project_root() / 'runs') / 'features'
-    path = folder / f'{name}.safetensors'
+    path = _features_file(name, root)
     facts = {'version': FEATURES_VERSION, 'set': dataset.name, 'set_digest': dataset.digest,
              'shape': list(dataset.shape), 'classes': dataset.classes, 'levels': dataset.levels,
              'seed': seed, 'steps': steps}
     net = _read_features(path, facts)
     if net is None:
         net, net.accuracy = _trained(dataset, seed, steps)
-        _write_features(path, net, facts)
-    net.name, net.digest = name, _digest(net)
+        _keep_features(path, net, facts)
+    net.name = name
     return net
 
+def _features_file(name, root):
+    "The file of a classifier; raises ValueError if the name of its set leads out of the folder."
+    from lfdm.folders import checked_name, runs_root
+    return runs_root(root) / 'features' / f"{checked_name('dataset.name', name)}.safetensors"
+
+# %% ../../nbs/library/84_image_features.ipynb #9a96d75a
 def _require_labels(dataset):
     "Check that a classifier can be trained on a set."
     if not dataset.classes or dataset.labels('train') is None:
-        raise ValueError(f"the images of {dataset.name!r} have no labels, "
+        raise ValueError(f"the images of dataset {dataset.name!r} have no labels, "
                          "so no classifier can be trained on them; use fid instead.")
 
 # %% ../../nbs/library/84_image_features.ipynb #bbe2b117
 def _read_features(path, facts):
     "The classifier in a file, or None if that is not there, damaged or of other settings."
+    net = FeatureNet(facts['shape'][0], facts['classes'])
     try:
         with safe_open(path, 'pt') as file:
-            said = json.loads(file.metadata()['facts'])
-            accuracy = said.pop('accuracy')
-            if said != facts: return None
-            net = FeatureNet(facts['shape'][0], facts['classes'])
-            net.load_state_dict({k: file.get_tensor(k) for k in file.keys()})  # noqa: SIM118
-    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError): return None
-    net.accuracy = accuracy
+            metadata = dict(file.metadata())
+            said = json.loads(metadata['facts'])
+            net.accuracy = number('accuracy', said.pop('accuracy'), 0, 1)
+            shapes = {k: file.get_slice(k).get_shape() for k in file.keys()}  # noqa: SIM118
+            if said != facts or shapes != {k: list(v.shape) for k, v in net.state_dict().items()}: return None
+            tensors = {k: file.get_tensor(k) for k in shapes}
+        if metadata.pop('digest', None) not in (None, content_digest(tensors, metadata)): return None
+        if list(metadata) != ['facts']: return None
+        net.load_state_dict(tensors)
+    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError, AttributeError): return None
     return net.eval()
 
 # %% ../../nbs/library/84_image_features.ipynb #ebef9743
 def _write_features(path, net, facts):
     "Write a classifier with what it is of, whole or not at all."
     path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
+    metadata = {'facts': json.dumps(facts | {'accuracy': net.accuracy})}
     with write_whole(path) as draft:
-        save_file(net.state_dict(), draft, {'facts': json.dumps(facts | {'accuracy': net.accuracy})})
+        save_file(tensors, draft, metadata | {'digest': content_digest(tensors, metadata)})
+
+def _keep_features(path, net, facts):
+    "Write it if that is possible; warn if not."
+    try: _write_features(path, net, facts)
+    except (OSError, SafetensorError) as e:
+        warnings.warn(f"the classifier cannot be kept in {str(path.parent)[:120]!r} and will be trained again: "
+                      f"{str(e)[:120]}", stacklevel=4)
 
 # %% ../../nbs/library/84_image_features.ipynb #88e5f435
 def _as_images(samples, dataset):
     "Generated images as the set's own are: uint8."
-    if torch.is_tensor(samples) and samples.is_floating_point():
+    require_in_memory('samples', samples)
+    if samples.is_floating_point():
         _require_finite(samples)
         samples = quantize(samples, dataset.levels)
     require_images('samples', samples, dataset.levels, 2)
@@ -182,8 +211,9 @@ def _require_finite(samples):
     raise ValueError(f"{wrong.sum()} of {len(samples)} samples are not finite.")
 
 # %% ../../nbs/library/84_image_features.ipynb #4f4010dd
+@typed
 def feature_distance(samples: torch.Tensor,   # generated images, uint8 or floats, shape (n, C, H, W)
-                     dataset,                 # the ImageSet they imitate
+                     dataset: ImageSet,       # the ImageSet they imitate
                      net: FeatureNet = None,  # default: the set's own, trained if need be
                      n: int = None,           # samples at a time; default: all, or half the real images
                      split: str = 'test',     # of the reference; the other split gives the floor
@@ -211,8 +241,9 @@ def feature_distance(samples: torch.Tensor,   # generated images, uint8 or float
             'weights': net.digest, 'dims': x.shape[1], 'accuracy': net.accuracy}
 
 # %% ../../nbs/library/84_image_features.ipynb #dd319a73
+@typed
 def classifier_view(images: torch.Tensor,   # uint8 or floats in [-1, 1], shape (n, C, H, W)
-                    dataset,                # the ImageSet they imitate
+                    dataset: ImageSet,      # the ImageSet they imitate
                     net: FeatureNet = None, # default: the set's own, trained if need be
                     sure: float = 0.8,      # a probability from which on the classifier is sure
                    ) -> dict:               # frequencies, entropy (nats), confident: its share, n, weights
