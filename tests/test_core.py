@@ -251,7 +251,7 @@ def test_numbers_become_tensors():
         assert as_number(torch.ones(2, dtype=dtype)).dtype == dtype
     for bad in NO_FLOATS:
         with pytest.raises(TypeError, match='^logsnr must '): as_number(bad, 'logsnr')
-    with pytest.raises(ValueError, match='^logsnr must .* meta'): as_number(torch.ones(2, device='meta'), 'logsnr')
+    with pytest.raises(ValueError, match='^logsnr must .*meta'): as_number(torch.ones(2).to('meta'), 'logsnr')
 
 
 def test_a_formula_takes_any_number_and_computes_nothing_in_16_bits():
@@ -264,8 +264,8 @@ def test_a_formula_takes_any_number_and_computes_nothing_in_16_bits():
             return t * 2, Level(t, t, t)
 
     half = torch.tensor([0.5], dtype=torch.float16)
-    for given_ in (Curve().at(half), Curve().at(t=half)):
-        assert given_[0].dtype == half.dtype and type(given_[1]) is Level and given_[1].alpha.dtype == half.dtype
+    for double, level in (Curve().at(half), Curve().at(t=half)):
+        assert double.dtype == level.alpha.dtype == half.dtype and type(level) is Level
     assert Curve().at(1)[0] == 2 and seen == [torch.float32] * 2 + [torch.float64]
     for wrong in ((), (1, 2)):
         with pytest.raises(TypeError, match='argument'): Curve().at(*wrong)

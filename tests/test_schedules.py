@@ -1,6 +1,5 @@
 "Every schedule of the registry alike: ranges, ends, dtypes, densities, the process, and times."
 import math
-from statistics import NormalDist
 
 import mpmath as mp
 import numpy as np
@@ -72,13 +71,12 @@ def test_the_range_is_kept_exactly(name, u, v):
 
 @every
 @pytest.mark.parametrize("widest", [40., 80.])
-@pytest.mark.parametrize("dtype", [f32, f64])
-def test_the_ends_of_a_wide_range_are_what_was_asked_for(name, widest, dtype):
+def test_the_ends_of_a_wide_range_are_what_was_asked_for(name, widest):
     "near t = 1 the path must not run into -inf because 1 - t has no digits left"
-    s, (zero, one) = schedule_over(name, 0., 1., widest), torch.tensor([0., 1.], dtype=dtype)
-    reached = torch.stack([s.logsnr(zero), s.logsnr(one)])
-    assert reached.isfinite().all() and s.alpha(one) > 0 and s.sigma(zero) > 0
-    if dtype == f64: close(reached, torch.tensor([s.logsnr_max, s.logsnr_min], dtype=f64), rtol=1e-4, atol=0)
+    s = schedule_over(name, 0., 1., widest)
+    for t in (torch.tensor([0., 1.], dtype=dtype) for dtype in (f32, f64)):
+        assert s.logsnr(t).isfinite().all() and s.alpha(t[1]) > 0 and s.sigma(t[0]) > 0
+    close(s.logsnr(t), torch.tensor([s.logsnr_max, s.logsnr_min], dtype=f64), rtol=1e-4, atol=0)
 
 
 @with_path
@@ -99,29 +97,6 @@ def test_time_slope_and_density_belong_to_the_path(name, u, v):
     assert abs(share(4001) - 1) < 1e-8 and abs(share(2001) - (1 - s.t(logsnr[2000]).item())) < 1e-8
     outside = torch.tensor([s.logsnr_min - 1e-6, s.logsnr_max + 1e-6, -1e3, 1e3], dtype=f64)
     assert (s.density(outside) == 0).all()
-
-
-EDM, WHOLE = NormalDist(-1.2, 1.2), dict(logsnr_min=-math.inf, logsnr_max=math.inf)
-PAPERS = dict(   # λ(t) of the uncut path, or of a range, in the papers' own words
-    cosine=(WHOLE, lambda t: -2 * math.log(math.tan(math.pi * t / 2))),
-    shifted_cosine=(WHOLE, lambda t: -2 * math.log(math.tan(math.pi * t / 2)) + 2 * math.log(64 / 128)),
-    linear=(dict(logsnr_min=LinearSchedule().reach()[0], logsnr_max=math.inf),
-            lambda t: -math.log(math.exp(0.1 * t + 19.9 * t**2 / 2) - 1)),
-    ve=(dict(logsnr_min=-2 * math.log(80), logsnr_max=-2 * math.log(0.002)),
-        lambda t: -2 * math.log(0.002 * 40_000**t)),
-    edm_train=(dict(logsnr_min=2.4 - 8 * 2.4, logsnr_max=math.inf), lambda t: -2 * EDM.inv_cdf(t)),
-    edm_sample=(dict(rho=3), lambda t: -6 * math.log(80**(1/3) + (1 - t) * (0.002**(1/3) - 80**(1/3)))),
-    rectified_flow=(WHOLE, lambda t: 2 * math.log((1 - t) / t)),
-    logit_normal=(dict(logsnr_min=-15.4, logsnr_max=math.inf, m=0.3),
-                  lambda t: -2 * NormalDist(0.3, 1).inv_cdf(t)))
-
-
-@pytest.mark.parametrize("name", CONTINUOUS)
-def test_paths_are_those_of_the_papers(name):
-    options, path = PAPERS[name]
-    t = grid(0.03, 0.97)
-    expected = torch.tensor([path(k) for k in t.tolist()], dtype=f64)
-    close(SCHEDULES[name](**options).logsnr(t), expected, rtol=1e-9, atol=1e-9)
 
 
 @every
@@ -253,21 +228,6 @@ def test_options_out_of_range_are_named(name, bad):
 
 
 # --- one step of the chain
-
-@few
-@given(logsnr=st.floats(-12, 12), gap=st.floats(0.001, 10), name=st.sampled_from(["cosine", "ve"]),
-       x=st.floats(-3, 3), z=st.floats(-3, 3))
-def test_transition_and_posterior_against_gaussian_conditioning(logsnr, gap, name, x, z):
-    "the joint Gaussian of (z_s, z_t) given x, conditioned on z_t, knows nothing of the formulas"
-    s, t = (SCHEDULES[name]().level_at(torch.tensor(k, dtype=f64)) for k in (logsnr + gap, logsnr))
-    a_ts, var_ts = transition(s, t)
-    close(a_ts**2 * s.sigma**2 + var_ts, t.sigma**2)
-    close(a_ts * s.alpha, t.alpha)
-    z, covariance = t.alpha * x + t.sigma * z, a_ts * s.sigma**2
-    k_z, k_x, v = posterior(s, t)
-    close(k_z * z + k_x * x, s.alpha * x + covariance / t.sigma**2 * (z - t.alpha * x), rtol=1e-9, atol=1e-9)
-    close(v, s.sigma**2 - covariance**2 / t.sigma**2, rtol=1e-9, atol=1e-12 * s.sigma.item()**2)
-
 
 def test_the_smallest_the_last_and_the_first_step():
     "σ²_{t|s} as a difference would be 0; at the ends of the uncut schedule there is no log 0 and no wrong α"
