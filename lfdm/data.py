@@ -426,6 +426,7 @@ def _require_shape(width, **options):
     "Check the options of a set: a width above 0, all finite."
     for name, value in options.items(): checked_finite(name, value, low=0 if name == width else -math.inf)
 
+# %% ../nbs/library/50_data.ipynb #datasets1
 class Cluster(GaussianMixture):
     "Four Gaussian clusters at the corners of a square."
     @typed
