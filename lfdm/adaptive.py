@@ -14,6 +14,7 @@ from .schedules import SCHEDULES, Schedule, require_finite, require_formula
 # %% ../nbs/library/14_adaptive.ipynb #b0caad2a
 ENOUGH = 20   # examples that an average needs
 
+# %% ../nbs/library/14_adaptive.ipynb #1eab461c
 class LossHistory:
     "Moving averages of the loss in equal bins of λ, from the clean end, and the share of time each bin gets."
 

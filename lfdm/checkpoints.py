@@ -21,7 +21,7 @@ from torch import nn
 
 from .core import number, shown, typed, write_whole
 
-# %% ../nbs/library/68_checkpoints.ipynb #b96fb284
+# %% ../nbs/library/68_checkpoints.ipynb #b47ed8c1
 @typed
 def training_options(ema: float = None,   # decay of the average of the weights, from 0 to 1; None: no average
                      clip: float = None,  # largest norm of a network's gradient; None: as it is
@@ -32,11 +32,12 @@ def training_options(ema: float = None,   # decay of the average of the weights,
             'clip': None if clip is None else number('clip', clip, low=0, high=1e9, above=True),
             'warmup': number('warmup', warmup, low=0, high=1e9, integer=True)}
 
+# %% ../nbs/library/68_checkpoints.ipynb #b96fb284
 def _checked_ema(ema):
     if 0 < ema < 1: return ema
     raise ValueError(f"ema must lie between 0 and 1, or be None for no average, not {ema!r}.")
 
-# %% ../nbs/library/68_checkpoints.ipynb #network1
+# %% ../nbs/library/68_checkpoints.ipynb #18cc3566
 def require_network(net):  # a network to train; raises TypeError or ValueError
     "Refuse a network that Adam could not train or a checkpoint not bring back, before it is trained."
     if not isinstance(net, nn.Module): raise TypeError(f'net must be a torch.nn.Module, not {shown(net)}.')
@@ -58,6 +59,7 @@ def require_network(net):  # a network to train; raises TypeError or ValueError
     _refuse([k for k, t in tensors.items() if t.device != first or t.is_meta],
             'parts without a device, or on several: move it as a whole, by net.to(device)')
 
+# %% ../nbs/library/68_checkpoints.ipynb #network1
 def _refuse(names, what):
     if names: raise ValueError(f'net has {what} ({names[0]:.80}).')
 
@@ -65,7 +67,7 @@ def _overlaps(tensor):
     "Do two of its entries share their memory, as after expand? None can then be set alone."
     return any(step == 0 and n > 1 for step, n in zip(tensor.stride(), tensor.shape))
 
-# %% ../nbs/library/68_checkpoints.ipynb #721d8094
+# %% ../nbs/library/68_checkpoints.ipynb #996873d4
 @typed
 def write_checkpoint(path: str | os.PathLike, # the file
                      state,                   # a TrainState (lfdm.training)
@@ -86,6 +88,7 @@ def write_checkpoint(path: str | os.PathLike, # the file
     except SafetensorError as e:
         raise OSError(f"cannot write checkpoint {path}: {e}. The former one, if any, is untouched.") from e
 
+# %% ../nbs/library/68_checkpoints.ipynb #721d8094
 @typed
 def content_digest(tensors: dict,  # name -> tensor, on the CPU
                    metadata: dict, # name -> text
@@ -100,7 +103,7 @@ def content_digest(tensors: dict,  # name -> tensor, on the CPU
         digest.update(t.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
-# %% ../nbs/library/68_checkpoints.ipynb #2452a335
+# %% ../nbs/library/68_checkpoints.ipynb #8bc4e240
 def _tensors(state):
     "All tensors of a state, by their names in the file."
     average = {} if state.average is None else _weights(state.average)
@@ -118,6 +121,7 @@ def _plain(name):
 
 def _weights(net): return {_plain(k): v for k, v in net.state_dict().items()}
 
+# %% ../nbs/library/68_checkpoints.ipynb #e571ba56
 def _hidden(net):
     "Buffers that a network's state dict leaves out."
     kept = net.state_dict()
@@ -131,6 +135,7 @@ def _numbered(part, groups):
     "{3: {'exp_avg': tensor}} as {'optimizer.3.exp_avg': tensor}."
     return {f'{part}.{i}.{k}': v for i, group in groups.items() for k, v in group.items()}
 
+# %% ../nbs/library/68_checkpoints.ipynb #2452a335
 def _apart(tensors):
     "Tensors that share no memory: tied weights and views are stored each for itself."
     seen, found = set(), {}
@@ -158,7 +163,7 @@ class Checkpoint(NamedTuple):
     random_states: torch.Tensor  # one row for each generator
     learned: dict                # what schedules have learned, by the number of the network
 
-# %% ../nbs/library/68_checkpoints.ipynb #4acadaf0
+# %% ../nbs/library/68_checkpoints.ipynb #aaca4f86
 @typed
 def read_checkpoint(path: str | os.PathLike, # the file
                    ) -> Checkpoint:          # raises ValueError if the file is damaged
@@ -185,6 +190,7 @@ def read_checkpoint(path: str | os.PathLike, # the file
             learned=_groups(_part(tensors, 'schedule')))
     except UNUSABLE as e: raise _unusable(path, e) from e
 
+# %% ../nbs/library/68_checkpoints.ipynb #4acadaf0
 def _part(tensors, part):
     "The tensors of one part, without its name and without what torch.compile adds to names."
     return {_plain(k.removeprefix(f'{part}.')): v for k, v in tensors.items() if k.startswith(f'{part}.')}
@@ -203,7 +209,7 @@ def _adams_count(moments):
     if not all(map(torch.isfinite, counts)): raise ValueError('it does not say how many steps were made')
     return int(max(counts, default=0))
 
-# %% ../nbs/library/68_checkpoints.ipynb #ed679201
+# %% ../nbs/library/68_checkpoints.ipynb #77dc4531
 UNUSABLE = (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OverflowError, OSError)
 
 def require_state(state):  # raises TypeError
@@ -212,6 +218,7 @@ def require_state(state):  # raises TypeError
     if not all(hasattr(state, part) for part in parts):
         raise TypeError(f'state must be a TrainState, not {shown(state)}.')
 
+# %% ../nbs/library/68_checkpoints.ipynb #ed679201
 def _unusable(path, why):
     return ValueError(f"checkpoint {path} cannot be used: {why}. Move it away to start afresh.")
 
@@ -242,7 +249,7 @@ def require_match(record: Checkpoint,  # what was read
         _require_learned(record, state.learning)
     except UNUSABLE as e: raise _unusable(record.path, e) from e
 
-# %% ../nbs/library/68_checkpoints.ipynb #cb0df721
+# %% ../nbs/library/68_checkpoints.ipynb #0c18b0ed
 def _kinds(tensors): return {k: (v.shape, v.dtype) for k, v in tensors.items()}
 
 def _require_options(record, options):
@@ -259,6 +266,7 @@ def _require_average(record, state):
     if _kinds(record.average) != expected:
         raise ValueError('it does not hold the average of the weights')
 
+# %% ../nbs/library/68_checkpoints.ipynb #85118aee
 def _require_moments(record, net):
     "Of every parameter that was trained; files from before say nothing about those without a gradient."
     parameters = dict(enumerate(net.parameters()))
@@ -269,6 +277,7 @@ def _require_moments(record, net):
     if {i: {k: v.shape for k, v in group.items()} for i, group in record.moments.items()} != expected:
         raise ValueError("it does not hold this network's Adam moments")
 
+# %% ../nbs/library/68_checkpoints.ipynb #cb0df721
 def _require_random_states(record, generators):
     if record.random_states.shape != (len(generators), *generators[0].get_state().shape):
         raise ValueError("its random state is another device's")
@@ -282,7 +291,7 @@ def _require_learned(record, learning):
     for m, schedule in learning.items():
         copy.deepcopy(schedule).load_state(record.learned.get(m, {}))  # raises if it is no state of its own
 
-# %% ../nbs/library/68_checkpoints.ipynb #208b5692
+# %% ../nbs/library/68_checkpoints.ipynb #b5f06082
 @typed
 def restore(state,               # a TrainState; changed in place
             record: Checkpoint,  # one that matches it
@@ -298,6 +307,7 @@ def restore(state,               # a TrainState; changed in place
     for m, schedule in state.learning.items(): schedule.load_state(record.learned.get(m, {}))
     state.epoch, state.steps, state.history = record.epoch, record.steps, record.history
 
+# %% ../nbs/library/68_checkpoints.ipynb #208b5692
 def _set_weights(net, weights, hidden):
     "Set a network's tensors. A hidden buffer that has another shape now is a cache: it fills itself."
     net.load_state_dict({name: weights[_plain(name)] for name in net.state_dict()})
