@@ -144,9 +144,10 @@ def checked_finite(name: str,   # what it is, for the message
     if v is None or v.is_complex() or v.dtype == torch.bool or v.is_meta:
         raise TypeError(f"{name} must be numbers, not {shown(value)}.")
     v = torch.as_tensor(value, dtype=torch.float64, device='cpu')
-    if v.isfinite().all() and (v > low).all(): return v
     bound = '' if low == -math.inf else f' and greater than {low:g}'
-    raise ValueError(f"{name} must be finite{bound}, not {shown(value)}.")
+    if not v.isfinite().all() or (v <= low).any():
+        raise ValueError(f"{name} must be finite{bound}, not {shown(value)}.")
+    return v
 
 def checked_mixture(means,    # shape (K, D)
                     std,      # a number, shape (K,) or (K, D)
