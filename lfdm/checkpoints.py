@@ -87,13 +87,14 @@ def write_checkpoint(path: str | os.PathLike, # the file
         raise OSError(f"cannot write checkpoint {path}: {e}. The former one, if any, is untouched.") from e
 
 @typed
-def content_digest(tensors: dict,  # name -> tensor, on the CPU
-                   metadata: dict, # name -> text
-                  ) -> str:        # SHA-256, in hexadecimal digits; raises TypeError
+def content_digest(tensors: dict,   # name -> tensor
+                   metadata: dict,  # name -> text
+                  ) -> str:         # SHA-256, in hexadecimal digits
     "A digest of names, types, shapes, values and texts, whatever their order."
-    if not all(map(torch.is_tensor, tensors.values())): raise TypeError('tensors must be a dict of tensors.')
-    if not all(isinstance(v, str) for v in metadata.values()):
-        raise TypeError('metadata must be a dict of texts.')
+    for name, t in tensors.items():
+        if not torch.is_tensor(t): raise TypeError(f'tensors must hold tensors, not {name} = {shown(t)}.')
+    for name, v in metadata.items():
+        if not isinstance(v, str): raise TypeError(f'metadata must hold texts, not {name} = {shown(v)}.')
     digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name, t in sorted(tensors.items()):
         digest.update(f'{name} {t.dtype} {tuple(t.shape)} '.encode())
