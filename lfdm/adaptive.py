@@ -101,6 +101,7 @@ class LossHistory:
         "dλ/dt in bin i."
         return -((self.edges[0] - self.edges[-1]) / self.bins / self.mass)[i]
 
+# %% ../nbs/library/14_adaptive.ipynb #83d88586
 def _require_one_each(logsnr, value):
     "Raise ValueError unless there is one value for each λ."
     if logsnr.ndim != 1 or logsnr.shape != value.shape:
