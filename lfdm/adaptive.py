@@ -14,6 +14,7 @@ from .schedules import SCHEDULES, Schedule, require_finite, require_formula
 # %% ../nbs/library/14_adaptive.ipynb #b0caad2a
 ENOUGH = 20   # examples that an average needs
 
+# %% ../nbs/library/14_adaptive.ipynb #1eab461c
 class LossHistory:
     "Moving averages of the loss in equal bins of λ, from the clean end, and the share of time each bin gets."
 
@@ -100,6 +101,7 @@ class LossHistory:
         "dλ/dt in bin i."
         return -((self.edges[0] - self.edges[-1]) / self.bins / self.mass)[i]
 
+# %% ../nbs/library/14_adaptive.ipynb #83d88586
 def _require_one_each(logsnr, value):
     "Raise ValueError unless there is one value for each λ."
     if logsnr.ndim != 1 or logsnr.shape != value.shape:

@@ -144,9 +144,10 @@ def checked_finite(name: str,   # what it is, for the message
     if v is None or v.is_complex() or v.dtype == torch.bool or v.is_meta:
         raise TypeError(f"{name} must be numbers, not {shown(value)}.")
     v = torch.as_tensor(value, dtype=torch.float64, device='cpu')
-    if v.isfinite().all() and (v > low).all(): return v
     bound = '' if low == -math.inf else f' and greater than {low:g}'
-    raise ValueError(f"{name} must be finite{bound}, not {shown(value)}.")
+    if not v.isfinite().all() or (v <= low).any():
+        raise ValueError(f"{name} must be finite{bound}, not {shown(value)}.")
+    return v
 
 def checked_mixture(means,    # shape (K, D)
                     std,      # a number, shape (K,) or (K, D)
@@ -251,6 +252,18 @@ def rowwise(method,   # method(self, z, alpha, sigma) -> one row for each row of
         return torch.cat(parts).to(z.dtype)
     return checked
 
+# %% ../nbs/library/50_data.ipynb #datatable1
+def _v_floor_table(mixture):
+    "The log of the v-floor as a spline over logsnr, and the range it covers."
+    from scipy.interpolate import CubicSpline
+    end = max(14., 9 - 2 * mixture.stds.min().log().item())
+    logsnr = torch.arange(-14., end + 1 / 16, 1 / 16, dtype=torch.float64)
+    alpha, sigma = logsnr.sigmoid().sqrt(), (-logsnr).sigmoid().sqrt()
+    scales = list(zip(alpha.tolist(), sigma.tolist()))
+    eps = [mixture.eps_error(*pair) for pair in reversed(scales)]   # the finest grid first: it may not fit
+    v = torch.tensor(eps[::-1], dtype=torch.float64) / logsnr.sigmoid()
+    return CubicSpline(logsnr, v.log()), logsnr[0].item(), logsnr[-1].item()
+
 # %% ../nbs/library/50_data.ipynb #2025c308
 class GaussianMixture(Dataset):
     "Axis-aligned Gaussians, standardized by their own moments: everything about them is exact."
@@ -274,10 +287,7 @@ class GaussianMixture(Dataset):
     def __repr__(self): return f"{type(self).__name__}({len(self.weights)} components, {self.dim} dimensions)"
 
     @typed
-    def draw(self,
-             n: int,                     # how many points
-             generator: torch.Generator, # the only source of randomness
-            ) -> torch.Tensor:           # shape (n, D), float64
+    def draw(self, n: int, generator: torch.Generator):
         "A component by its weight, then a point of it."
         n = number('n', n, low=0, integer=True)
         u = torch.rand(n, generator=generator, dtype=torch.float64)
@@ -306,16 +316,14 @@ class GaussianMixture(Dataset):
     @rowwise
     def log_prob_at(self,
                     z: torch.Tensor,  # noisy data, shape (n, D)
-                    alpha: Numeric,   # signal scale: a number, or shape (n,) or (n, 1)
-                    sigma: Numeric,   # noise scale, likewise
+                    alpha: Numeric, sigma: Numeric,  # scales: numbers, or shape (n,) or (n, 1)
                    ) -> torch.Tensor:  # shape (n,), in nats
         "log q(z), the log density of z = alpha x + sigma eps."
         return self._components(z, alpha, sigma)[0].logsumexp(1)
 
     @typed
-    def log_prob(self,
-                 x: torch.Tensor,   # data, shape (n, D)
-                ) -> torch.Tensor:  # shape (n,), in nats
+    def log_prob(self, x: torch.Tensor,  # data, shape (n, D)
+                ) -> torch.Tensor:       # shape (n,), in nats
         "log p(x), the log density of the data."
         require_points(x, self.dim, 'x')
         return self.log_prob_at(x, 1., 0.)
@@ -372,8 +380,8 @@ class GaussianMixture(Dataset):
         "The floor of the eps-error at one noise level, by quadrature."
         alpha, sigma, fine = checked_level(alpha, sigma, fine)
         axes = self._axes(alpha, sigma, fine)
-        masses = [mass for _, _, mass in axes]
-        q, explained = _mixture_sum(self.weights, masses).clamp_min(1e-300), 0.
+        masses, explained = [mass for _, _, mass in axes], 0.
+        q = _mixture_sum(self.weights, masses).clamp_min(1e-300)
         for d, (z, _, mass) in enumerate(axes):
             mu, s2 = self.means[:, d, None], self.stds[:, d, None]**2
             tau2 = alpha**2 * s2 + sigma**2
@@ -386,14 +394,7 @@ class GaussianMixture(Dataset):
     @cached_property
     def _table(self):
         "The log of the v-floor as a spline over logsnr, and the range it covers."
-        from scipy.interpolate import CubicSpline
-        end = max(14., 9 - 2 * self.stds.min().log().item())
-        logsnr = torch.arange(-14., end + 1 / 16, 1 / 16, dtype=torch.float64)
-        alpha, sigma = logsnr.sigmoid().sqrt(), (-logsnr).sigmoid().sqrt()
-        scales = list(zip(alpha.tolist(), sigma.tolist()))
-        eps = [self.eps_error(*pair) for pair in reversed(scales)]   # the finest grid first: it may not fit
-        v = torch.tensor(eps[::-1], dtype=torch.float64) / logsnr.sigmoid()
-        return CubicSpline(logsnr, v.log()), logsnr[0].item(), logsnr[-1].item()
+        return _v_floor_table(self)
 
     def _part_of_v_floor(self, logsnr, part):
         "part(logsnr) times the v-floor: interpolated, and exponentially close to 1 outside the table."
@@ -426,6 +427,7 @@ def _require_shape(width, **options):
     "Check the options of a set: a width above 0, all finite."
     for name, value in options.items(): checked_finite(name, value, low=0 if name == width else -math.inf)
 
+# %% ../nbs/library/50_data.ipynb #datasets1
 class Cluster(GaussianMixture):
     "Four Gaussian clusters at the corners of a square."
     @typed

@@ -50,6 +50,7 @@ def grid(kind=Parameters, # the class of parameters
     values = [_values(k, v) for k, v in axes.items()]
     return [kind(**dict(zip(axes, combination))) for combination in itertools.product(*values)]
 
+# %% ../nbs/library/96_grids.ipynb #297adbdc
 def _values(name, axis):
     "The values of an axis."
     if isinstance(axis, np.ndarray): axis = axis.tolist()
@@ -77,6 +78,7 @@ def stacks_of(parameters: list, # of Parameters
     groups = [list(group) for _, group in itertools.groupby(ordered, _alike)]
     return [group[i:i + size] for group in groups for i in range(0, len(group), size)]
 
+# %% ../nbs/library/96_grids.ipynb #86f32cba
 def checked_all(parameters,  # what the user gave
                 kind: type,  # what each of them must be
                ) -> list:    # of parameters; raises TypeError
@@ -107,6 +109,7 @@ def train_stacked(tasks: list,      # of PointsTask, alike
         progress('train', state.epoch, p.epochs)
     return state
 
+# %% ../nbs/library/96_grids.ipynb #faf4d312
 def sample_stacked(tasks: list, # of PointsTask, alike
                    net,         # the trained StackedMLP
                    progress):   # called as progress(phase, done, total)
@@ -142,6 +145,7 @@ def _make_stack(batch, study, root, progress):
         checkpoint.unlink(missing_ok=True)
     return {p: epoch for p, epoch in diverged.items() if epoch is not None}
 
+# %% ../nbs/library/96_grids.ipynb #473535a8
 def _diverged_at(history, samples):
     "The epoch in which a network diverged, the last if only its samples did; None if none did."
     if 'diverged' not in history[-1] and samples.isfinite().all(): return None
@@ -156,6 +160,7 @@ def side_by_side(tasks: list,           # of joblib's delayed calls
     return Parallel(workers, return_as='generator' if ordered else 'generator_unordered',
                     initializer=_end_with, initargs=(os.getpid(),))(tasks)
 
+# %% ../nbs/library/96_grids.ipynb #0ab81e17
 def _end_with(parent):
     "In a worker: watch the process that it works for, and end with it."
     def watch():
@@ -186,12 +191,14 @@ def make_grid(parameters,             # a list of Parameters: what to run
         report('stack', i, len(stacks))
     return {p: make_run(p, study, root) for p in parameters if p not in diverged}, diverged
 
+# %% ../nbs/library/96_grids.ipynb #f798031d
 def _checked(parameters, kind, study, root, workers, progress):
     "What is to be made, by how many processes, and to whom it is reported."
     checked_name('study', study), runs_root(root)
     workers = number('workers', workers, low=1, high=1000, integer=True)
     return checked_all(parameters, kind), workers, progress or _silent
 
+# %% ../nbs/library/96_grids.ipynb #3ed8e1d1
 def _unfinished(parameters, study, root, size):
     "The stacks that are to be made. One that was begun goes on as it was, so that its numbers are the same."
     begun = _begun(parameters, study, root)
@@ -230,6 +237,7 @@ def make_images(parameters,            # a list of ImageParameters: what to run
         report('run', i, len(missing))
     return {p: make_run(p, study, root) for p in parameters if p not in diverged}, diverged
 
+# %% ../nbs/library/96_grids.ipynb #d3569295
 def _make_or_diverge(p, study, root, progress):
     "(parameters, None), or what was said when it diverged."
     try: make_run(p, study, root, progress)

@@ -148,6 +148,7 @@ def nelbo(denoiser: Denoiser, # denoiser(z, level) -> (x̂, ε̂)
     draws = number('draws', draws, low=1, integer=True)
     return _nelbo(denoiser, checked_data(x), schedule, steps, draws, seeded(seed, x.device))
 
+# %% ../nbs/library/85_likelihood.ipynb #liknelbo1
 def _nelbo(denoiser, x, schedule, steps, draws, g):
     "The same, with a random stream."
     dims = x[0].numel()
@@ -193,6 +194,7 @@ def discrete_reconstruction(images: torch.Tensor,  # b: uint8, shape (n, C, H, W
     draws = number('draws', draws, low=1, integer=True)
     return _discrete_reconstruction(images, levels, level, seeded(seed, images.device), draws)
 
+# %% ../nbs/library/85_likelihood.ipynb #likdisc1
 def _discrete_reconstruction(images, levels, level, g, draws):
     "The same, with a random stream."
     distance = 2 / levels * _checked_snr(level)
@@ -243,6 +245,7 @@ def _next_stream(generator):
     seed = torch.randint(2**62, (), generator=generator, device=generator.device).item()
     return torch.Generator(generator.device).manual_seed(seed)
 
+# %% ../nbs/library/85_likelihood.ipynb #likimages1
 def _require_images(images, levels):
     "Check that these are images of so many levels, with values. Raises TypeError or ValueError."
     if images.is_meta: raise ValueError(f'images must have values, not {shown(images)}.')

@@ -144,6 +144,7 @@ def _read_params(path) -> tuple:  # (parameters, environment, digests or None)
     if not isinstance(record['environment'], dict): raise ValueError('its environment is no dict')
     return kind_of(kind or 'points').from_record(record['parameters']), record['environment'], digests
 
+# %% ../nbs/library/95_runs.ipynb #ebb3b492
 def _require_own_digest(record):
     "Raise ValueError if a record is not the one that was written."
     digests = record['sha256']
@@ -168,6 +169,7 @@ def _read_summary(path) -> dict:
     if missing: raise ValueError(f"{', '.join(missing)} missing")
     return summary
 
+# %% ../nbs/library/95_runs.ipynb #274eeef1
 def _read_samples(path, task: Task) -> torch.Tensor:
     "The generated samples; a study may keep fewer than were drawn."
     with zipfile.ZipFile(path) as archive, archive.open('samples.npy') as file:
@@ -187,6 +189,7 @@ def _read_net(path, parameters: RunParameters) -> torch.nn.Module:
     net.load_state_dict(safetensors.torch.load_file(path))
     return net.eval()
 
+# %% ../nbs/library/95_runs.ipynb #ba783917
 def _require_shapes(path, parameters):
     "Raise ValueError unless a file holds the weights of a run's network, which is built without numbers."
     with safe_open(path, 'pt') as file:
@@ -229,6 +232,7 @@ def _nearest(folder):
     runs = [p.name for p in there if p.is_dir() and not p.name.startswith('.')]
     return unknown('run', folder.name, runs) if runs else f'There are no runs in {folder.parent}.'
 
+# %% ../nbs/library/95_runs.ipynb #63d98222
 @contextmanager
 def _permission(folder):
     "Say of which run a file may not be read."
@@ -283,6 +287,7 @@ def _commit():
     try: return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip() or None
     except OSError: return None
 
+# %% ../nbs/library/95_runs.ipynb #3797f18c
 def _versions() -> dict:
     "What the numbers of a run may depend on."
     packages = {p: importlib.metadata.version(p) for p in ('torch', 'numpy')}
@@ -333,6 +338,7 @@ def beside(folder: Path,  # of a run
     "A hidden neighbour of a run's folder."
     return folder.with_name(f'.{folder.name}.{what}')
 
+# %% ../nbs/library/95_runs.ipynb #5c948215
 def _is_complete(work: Path) -> bool:
     "Is a work folder a whole record already? Then the process was killed just before the renaming."
     if (work / CHECKPOINT).exists() or not all((work / f).is_file() for f in FILES): return False
@@ -344,6 +350,7 @@ def require_no_link(path: Path):  # that a run is about to make
     "Raise ValueError if there is a symbolic link: whoever set it may lose what it leads to."
     if path.is_symlink(): raise ValueError(f'{path} is a symbolic link: remove it. Runs write through none.')
 
+# %% ../nbs/library/95_runs.ipynb #e5512006
 @contextmanager
 def work_folder(folder: Path):  # of a run
     "A folder to make a run in. It is kept if that fails, and renamed when the run is whole."
@@ -422,6 +429,7 @@ def _finish(task: Task, work: Path, progress, accelerator=None):
                  seconds=round(time.perf_counter() - began, 1), examples_per_second=rate,
                  processes=accelerator.num_processes if accelerator else 1)
 
+# %% ../nbs/library/95_runs.ipynb #09ea50c8
 def _is_main(accelerator): return accelerator is None or accelerator.is_main_process
 
 # %% ../nbs/library/95_runs.ipynb #38f3b542
@@ -447,6 +455,7 @@ def make_run(parameters: RunParameters, # what to run
     require_same(run, parameters)
     return run
 
+# %% ../nbs/library/95_runs.ipynb #c9376ac1
 def require_accelerator(accelerator):  # what the user gave
     "Raise TypeError unless it is None or an Accelerator."
     if accelerator is not None and not hasattr(accelerator, 'is_main_process'):

@@ -65,6 +65,7 @@ def _walk(denoiser, steps, schedule, step, randn):
         before = watched.first
         yield i, s, z
 
+# %% ../nbs/library/80_sampling.ipynb #samplevels1
 def _levels(schedule, steps, like):
     "The noise levels at equal steps of time, from t = 1 to t = 0."
     grid = schedule.level(torch.linspace(1, 0, steps + 1, dtype=torch.float64))
@@ -75,6 +76,7 @@ def _asked_for(step):
     bound = getattr(step, 'keywords', {})
     return [k for k in inspect.signature(step).parameters if k in ('steps', 'before') and k not in bound]
 
+# %% ../nbs/library/80_sampling.ipynb #sampwatched1
 class _Watched:
     "A denoiser that remembers its first guess, as (level, (x̂, ε̂))."
     def __init__(self, denoiser):
@@ -97,6 +99,7 @@ def checked_schedule(schedule,            # the sampling schedule: name, class o
         raise ValueError(_leaves_training(schedule, low, high))
     return schedule
 
+# %% ../nbs/library/80_sampling.ipynb #sampshape1
 def checked_shape(name: str,   # of the argument, for the message
                   shape,       # whole numbers
                   low: int,    # the smallest that each may be
@@ -126,6 +129,7 @@ def _advice(schedule, low, high):
     except (TypeError, ValueError):
         return f"The {schedule.name} schedule cannot be cut to that range. Choose another."
 
+# %% ../nbs/library/80_sampling.ipynb #sampstate1
 def _checked_state(found, z):
     "What a step returned: a state like the one before."
     if torch.is_tensor(found) and found.shape == z.shape: return found
@@ -151,6 +155,7 @@ def _require_defined_ends(denoiser, steps, schedule, step, shape, **inside):
         wrong = _ill_defined(denoiser, z, levels[i + 1], levels[i], step, steps)
         if wrong: raise ValueError(f'{name} must be finite for this sampler and denoiser: {wrong}')
 
+# %% ../nbs/library/80_sampling.ipynb #sampends3
 def _ill_defined(denoiser, z, s, t, step, steps):
     "Why the step from t to s gives no finite state; None if it does."
     told = {k: {'steps': steps, 'before': None}[k] for k in _asked_for(step)}
@@ -182,6 +187,7 @@ def sample(denoiser: Denoiser,  # what guesses data and noise
     walk = lambda m: sampling(denoiser, (m, *shape), steps, schedule, sampler, g)
     return torch.cat(_chunks(walk, n, chunk, steps, progress))
 
+# %% ../nbs/library/80_sampling.ipynb #sampchunks1
 def _chunks(walk, n, chunk, steps, progress):
     "The ends of as many walks as it takes to make n samples."
     starts, ends = range(0, n, chunk), []
@@ -233,6 +239,7 @@ def sample_stack(net: StackedMLP,     # M networks
         return _walk(denoiser, steps, schedule, step, randn)
     return torch.cat(_chunks(walk, n, chunk, steps, progress), 1)
 
+# %% ../nbs/library/80_sampling.ipynb #sampseeds1
 def _checked_seeds(seeds, net, device):
     "A random stream for each network."
     if len(seeds) != len(net): raise ValueError(f"{len(net)} networks need as many seeds, not {len(seeds)}.")

@@ -113,6 +113,7 @@ def require_formula(schedule,  # an instance, for the message
     "Raise TypeError if t is a symbol: this schedule's path is no formula."
     if is_symbolic(t): raise TypeError(f"{schedule!r} has no formula in t.")
 
+# %% ../nbs/library/10_schedules.ipynb #15caa718
 def _require_scales(schedule):
     "Raise ValueError if α or σ is no positive number at an end that is finite."
     for end in ('logsnr_min', 'logsnr_max'):

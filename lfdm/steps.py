@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['SAMPLERS', 'Denoiser', 'Step', 'network_denoiser', 'exact_denoiser', 'Counted', 'checked_within', 'require_denoise',
            'require_level', 'checked_guess', 'require_noise', 'ancestral_step', 'ddim_step', 'velocity', 'at_angle',
-           'checked_angle', 'euler_step', 'heun_step', 'solve', 'require_state', 'adaptive_step', 'edm_step',
-           'require_churn', 'dpmpp_2m_step', 'euler_maruyama_step', 'langevin_step', 'require_step_size',
-           'annealed_langevin_step', 'predictor_corrector_step']
+           'checked_angle', 'euler_step', 'heun_step', 'solve', 'adaptive_step', 'edm_step', 'dpmpp_2m_step',
+           'euler_maruyama_step', 'langevin_step', 'annealed_langevin_step', 'predictor_corrector_step']
 
 # %% ../nbs/library/75_steps.ipynb #b4ee3fcd
 import math
@@ -198,7 +197,7 @@ def solve(f: Callable,    # f(φ, state) -> its derivative over φ
     from torchdiffeq import odeint
     rtol, atol = number('rtol', rtol, low=0, above=True), number('atol', atol, low=0, above=True)
     max_steps = number('max_steps', max_steps, low=1, integer=True)
-    require_state('state', state)
+    _require_state('state', state)
     if torch.is_tensor(state) and not state.numel(): return state
     times = _wide(start, end, state if torch.is_tensor(state) else state[0])
     if times[0] == times[1]: return state
@@ -226,7 +225,7 @@ def _wide(start, end, like):
             raise ValueError(f'{name} must be one finite angle, not {shown(phi)}.')
     return torch.stack([torch.as_tensor(phi, dtype=dtype, device=like.device) for phi in (start, end)])
 
-def require_state(name, state):   # raises TypeError or ValueError
+def _require_state(name, state):   # raises TypeError or ValueError
     "Check what an ODE is solved for: a tensor of finite floats, or a tuple of such."
     for q in state if isinstance(state, tuple) else (state,):
         if not torch.is_tensor(q) or not q.is_floating_point() or q.is_meta:
@@ -246,7 +245,7 @@ def adaptive_step(denoiser: Denoiser, z: torch.Tensor, s: Level, t: Level, noise
                   max_steps: int = 2000, # give up after so many
                  ) -> Tensor:            # z_s; raises RuntimeError if the solver does not converge
     "The probability-flow ODE from t to s, to a tolerance."
-    require_state('z', z)
+    _require_state('z', z)
     def f(phi, z):
         level = Level(*(q.to(z) for q in _at_angle(phi)))
         return _checked_velocity(velocity(denoiser, z, level), level)
@@ -267,7 +266,7 @@ def edm_step(denoiser: Denoiser, z: Numeric, s: Level, t: Level, noise: Numeric,
             ) -> Tensor:          # z_s
     "Raise the noise, then Heun's step of dy/dσ̃ = ε̂ for y = z/α; EDM's algorithm 2."
     require_noise(noise, z)
-    require_churn(steps, churn, inflate)
+    _require_churn(steps, churn, inflate)
     y, n_t, n_s = z / t.alpha, t.sigma / t.alpha, s.sigma / s.alpha
     gamma = min(churn / steps, 2**0.5 - 1) if churn and low <= n_t <= high else 0
     n = n_t * (1 + gamma)
@@ -281,7 +280,7 @@ def edm_step(denoiser: Denoiser, z: Numeric, s: Level, t: Level, noise: Numeric,
     end = eps_at(y + (n_s - n) * start, n_s)
     return s.alpha * (y + (n_s - n) / 2 * (start + end))
 
-def require_churn(steps, churn, inflate):   # raises ValueError
+def _require_churn(steps, churn, inflate):   # raises ValueError
     "Check the options of EDM's step."
     number('steps', steps, low=1, integer=True)
     for name, value in (('churn', churn), ('inflate', inflate)): number(name, value, low=0)
@@ -318,10 +317,10 @@ def langevin_step(score: Callable, # score(x) -> ∇log p(x)
                   noise: Numeric,  # standard normal, x's shape
                  ) -> Tensor:      # x after the step; raises ValueError
     "One step of Langevin dynamics; thesis, algorithm 1."
-    require_step_size(score, x, size, noise)
+    _require_step_size(score, x, size, noise)
     return x + size * score(x) + (2 * size)**0.5 * noise
 
-def require_step_size(score, x, size, noise):   # raises ValueError
+def _require_step_size(score, x, size, noise):   # raises ValueError
     "Check the step size and the noise of a Langevin step."
     if torch.is_tensor(x) and (not torch.is_tensor(noise) or noise.shape != x.shape):
         raise ValueError(f'noise must be like x, {shown(x)}, not {shown(noise)}.')

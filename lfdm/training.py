@@ -132,7 +132,7 @@ class TrainState:
         "Move the average towards the weights; what is no weight is copied."
         average, now = list(self.average.parameters()), list(self.net.parameters())
         get_ema_multi_avg_fn(decay)(average, now, None)
-        for kept, buffer in zip(self.average.buffers(), self.net.buffers()): kept.copy_(buffer)
+        _copy_buffers(self.net, self.average)
 
     @typed
     def save(self,
@@ -171,6 +171,15 @@ def _copied(net):
     try: return copy.deepcopy(net)
     except (RuntimeError, TypeError) as e:
         raise ValueError(f'net cannot be copied, as an average (ema) needs: {str(e):.150}.') from e
+
+def _copy_buffers(source, target):
+    "Set the buffers of a network to those of another. One may be new, or have another shape than it had."
+    own = dict(target.named_buffers())
+    for name, buffer in source.named_buffers():
+        if name in own and own[name].shape == buffer.shape: own[name].copy_(buffer)
+        else:
+            module, _, last = name.rpartition('.')
+            setattr(target.get_submodule(module), last, buffer.clone())
 
 def _require_scalar(loss):
     "Raise unless it is one number that depends on weights."

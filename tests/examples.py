@@ -67,11 +67,19 @@ LEFT = {
 
 # What looks wrong and is right here: (function, argument, kind).
 RIGHT = {
-    ("Record", "settings", "a dict"), ("mean_sd", "form", "no word"), ("ScoreMatchingLoss", "levels", "3"),
-    ("table", "head", "a list of nothing"), ("table", "head", "a list of words"),
-    *itertools.product(["TrainState.save", "TrainState.load", "write_checkpoint", "require_match"], ["run"],
-                       ["a word", "no word"]),   # a run's name
-    ("parameters_from", "namespace", "a dict")}   # the message names the parameter in it
+    ("Record", "settings", "a dict"),
+    ("mean_sd", "form", "no word"),
+    ("ScoreMatchingLoss", "levels", "3"),
+    ("table", "head", "a list of nothing"),
+    ("table", "head", "a list of words"),
+    *itertools.product(
+        ["TrainState.save", "TrainState.load", "write_checkpoint", "require_match"],
+        ["run"],
+        ["a word", "no word"],
+    ),  # a run's name
+    ("content_digest", "metadata", "a dict"),
+    ("parameters_from", "namespace", "a dict"),
+}  # the message names the parameter in it
 
 # Defaults that would take long: the example instead.
 LONG = {"steps", "points", "draws", "projections", "n", "repeats", "epochs", "batch_size", "real", "T", "k",

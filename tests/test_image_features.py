@@ -1,13 +1,18 @@
 "Attempts to break lfdm.images.features: its training, its file, samples that are none."
+import json
 import math
+import random
+import resource
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import lfdm.images.features as module
 from lfdm.core import seeded
 from lfdm.images.data import Digits, ImageSet, dequantize, quantize, scaled
-from lfdm.images.features import classifier_view, feature_distance, feature_net
+from lfdm.images.features import FeatureNet, classifier_view, feature_distance, feature_net
 from lfdm.images.fid import moments
 
 torch.set_num_threads(1)
@@ -47,10 +52,64 @@ def test_the_file_is_whole_or_made_again(tmp_path, monkeypatch):
         again = feature_net(Stripes(), steps=5)
     said = lambda net: (net.digest, net.accuracy, net.name, net.training)
     assert said(again) == said(net)
-    for damaged in (b"", content[:100], content[:-40], content.replace(b'"stripes', b'"strpies'),
-                    content.replace(b"accuracy", b"inaccura")):
+    damages = [b"", content[:100], content[:-40], b"[]".join(content.split(b"{", 1))]
+    for before, after in ((b"stripes", b"strpies"), (b"accuracy", b"inaccura"), (b"seed", b"need")):
+        damages.append(content.replace(before, after))
+    for place in random.Random(0).sample(range(8 * len(content)), 40):   # one bit flipped
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        damages.append(bytes(flipped))
+    for damaged in damages:
         path.write_bytes(damaged)
-        assert feature_net(Stripes(), steps=5).digest == net.digest and path.read_bytes() == content
+        state = torch.get_rng_state()
+        again = feature_net(Stripes(), steps=5)
+        assert said(again) == said(net) and torch.equal(torch.get_rng_state(), state)
+    assert path.read_bytes() == content
+
+
+def test_files_from_before_digests_are_read(tmp_path, monkeypatch):
+    net = feature_net(Stripes(), steps=5, root=tmp_path)
+    path, = (tmp_path / "features").iterdir()
+    with safe_open(path, "pt") as file: facts = json.loads(file.metadata()["facts"])
+    del facts["digest"]
+    save_file(net.state_dict(), path, {"facts": json.dumps(facts)})
+    monkeypatch.setattr(module, "_trained", lambda *a: pytest.fail("trained again"))
+    assert feature_net(Stripes(), steps=5, root=tmp_path).digest == net.digest
+
+
+def test_a_file_that_claims_much_is_not_read(tmp_path):
+    "A sparse file of 3 GB whose header says so: shapes are compared before anything is read."
+    feature_net(Stripes(), steps=5, root=tmp_path)
+    path, = (tmp_path / "features").iterdir()
+    with safe_open(path, "pt") as file: metadata = file.metadata()
+    wide = {"dtype": "F32", "shape": [3 * 2**28], "data_offsets": [0, 3 * 2**30]}
+    header = json.dumps({"__metadata__": metadata, "head.bias": wide}).encode()
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 3 * 2**30)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert feature_net(Stripes(), steps=5, root=tmp_path).accuracy <= 1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 2**20 and path.stat().st_size < 2**20
+
+
+def test_a_folder_that_cannot_be_written_loses_nothing(tmp_path, monkeypatch):
+    (tmp_path / "features").write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="cannot be kept in"): net = feature_net(Stripes(), 0, 5, tmp_path)
+    assert net.accuracy <= 1 and net.digest
+    def full(*a): raise OSError("disk full")
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.warns(UserWarning, match="disk full"):
+        assert feature_net(Stripes(), 0, 5, tmp_path / "b").digest == net.digest
+    assert not list((tmp_path / "b/features").iterdir())
+
+
+@pytest.mark.parametrize("name", ["../../x", "/x", "a/b", "a\nb"])
+def test_no_name_leads_out_of_the_folder(tmp_path, name):
+    class Named(Stripes): pass
+    Named.name = name
+    with pytest.raises(ValueError, match="dataset.name must be a plain folder name"):
+        feature_net(Named(), steps=5, root=tmp_path / "runs")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +142,24 @@ def test_what_feature_distance_compares(net):
 @pytest.mark.parametrize("change, error, said", [
     (lambda x: x[:1], ValueError, "too few"), (lambda x: x.expand(-1, 3, -1, -1), ValueError, "shape"),
     (lambda x: x.float() * math.nan, ValueError, "not finite"), (lambda x: x + 17, ValueError, "17 levels"),
-    (lambda x: x.long(), TypeError, "uint8"), (lambda x: None, TypeError, "uint8")])
+    (lambda x: x.long(), TypeError, "uint8"), (lambda x: None, TypeError, "uint8"),
+    (lambda x: x[:0], ValueError, "too few"), (lambda x: x.to("meta"), ValueError, "'meta'"),
+    (lambda x: x.to(torch.complex64), TypeError, "uint8")])
 def test_samples_that_are_none(net, judge, change, error, said):
     with pytest.raises(error, match=said): judge(change(DIGITS.test()), DIGITS, net)
 
 
 @pytest.mark.parametrize("wrong, said", [
     (dict(n=1), "n must"), (dict(n=298), "n must"), (dict(repeats=1), "repeats"),
-    (dict(split="tset"), "'test'"), (dict(seed=-1), "seed")])
+    (dict(split="tset"), "'test'"), (dict(seed=-1), "seed"),
+    (dict(seed=2**32), "seed"), (dict(dataset=None), "dataset"), (dict(net="digits"), "net")])
 def test_wrong_choices(net, wrong, said):
-    with pytest.raises(ValueError, match=said): feature_distance(DIGITS.test(), DIGITS, net, **wrong)
+    with pytest.raises((TypeError, ValueError), match=said):
+        feature_distance(**dict(samples=DIGITS.test(), dataset=DIGITS, net=net) | wrong)
+
+
+def test_arrays_and_networks_of_ones_own(net):
+    distance = lambda x, net: feature_distance(x, DIGITS, net, repeats=2)
+    assert distance(DIGITS.test().numpy(), net) == distance(DIGITS.test(), net)
+    own = distance(DIGITS.test(), FeatureNet(1, 10))   # never trained here: no accuracy is known
+    assert own["accuracy"] is None and len(own["weights"]) == 8

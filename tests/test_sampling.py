@@ -204,7 +204,7 @@ def test_a_stack_gives_what_each_network_gives_alone(sampler):
     *(({name: bad}, f"{name} must") for name in ("n", "steps", "chunk", "dim")
       for bad in (0, 2.5, -3, "true", math.inf, 10**400)),
     *(({"seed": bad}, "seed must") for bad in (.5, -1, 2**32)),
-    ({"device": "cuda:99"}, "unknown device 'cuda:99'")], ids=lambda v: str(v)[:30])
+    ({"device": "cuda:99"}, "device")], ids=lambda v: str(v)[:30])
 def test_bad_choices_come_before_any_work(choice, message):
     with pytest.raises((ValueError, TypeError), match=re.escape(message)): sample(refuse, **{"n": 6} | choice)
     if choice.keys() <= {"sampler", "schedule", "steps"}:   # not even iterated

@@ -11,7 +11,6 @@ import json
 import os
 import warnings
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +21,7 @@ from torch.nn import functional
 from ..checkpoints import content_digest
 from ..core import checked_seed, lookup, number, seeded, typed, write_whole
 from .data import ImageSet, quantize, require_images, scaled
-from .fid import frechet_distance, moments, require_in_memory
+from .fid import checked_pictures, frechet_distance, moments
 
 # %% ../../nbs/library/84_image_features.ipynb #11156dad
 class FeatureNet(nn.Module):
@@ -72,12 +71,12 @@ def _batches(images, levels, net, batch_size=256):
 
 @typed
 def classifier_features(net: FeatureNet,      # the classifier, on any device
-                        images: torch.Tensor, # uint8, shape (n, C, H, W)
+                        images,               # uint8, shape (n, C, H, W)
                         levels: int = 256,    # a pixel's values
                        ) -> torch.Tensor:     # shape (n, F), on the CPU; raises TypeError or ValueError
     "The features of images."
+    images = checked_pictures('images', images)
     require_images('images', images, levels, 1, (net.body[0].in_channels,))
-    require_in_memory('images', images)
     with torch.no_grad():
         return torch.cat([net.features(x).cpu() for x in _batches(images, levels, net)])
 
@@ -128,8 +127,8 @@ FEATURES_VERSION = 1   # raised by hand when a change of code changes the classi
 def feature_net(dataset: ImageSet, # with labels
                 seed: int = 0,     # of the weights and the batches
                 steps: int = 600,  # of training; others than 600 have a file of their own
-                root: str | os.PathLike = None, # where runs lie; default: $LFDM_RUNS, else the project's runs/
-               ) -> FeatureNet:    # with `name`, `digest` and `accuracy` on the test images; raises ValueError
+                root: str | os.PathLike = None, # where runs lie; default: as `runs_root` says
+               ) -> FeatureNet:    # with `name`, `digest` and `accuracy` (test); raises TypeError, ValueError
     "The classifier of a set of images, trained here or loaded."
     _require_labels(dataset)
     seed, steps = checked_seed(seed), number('steps', steps, low=1, high=10**6, integer=True)
@@ -150,7 +149,7 @@ def _features_file(name, root):
     from lfdm.folders import checked_name, runs_root
     return runs_root(root) / 'features' / f"{checked_name('dataset.name', name)}.safetensors"
 
-# %% ../../nbs/library/84_image_features.ipynb #9a96d75a
+# %% ../../nbs/library/84_image_features.ipynb #bcf4e70b
 def _require_labels(dataset):
     "Check that a classifier can be trained on a set."
     if not dataset.classes or dataset.labels('train') is None:
@@ -160,59 +159,60 @@ def _require_labels(dataset):
 # %% ../../nbs/library/84_image_features.ipynb #bbe2b117
 def _read_features(path, facts):
     "The classifier in a file, or None if that is not there, damaged or of other settings."
-    net = FeatureNet(facts['shape'][0], facts['classes'])
+    with torch.random.fork_rng(devices=[]): net = FeatureNet(facts['shape'][0], facts['classes'])
     try:
         with safe_open(path, 'pt') as file:
-            metadata = dict(file.metadata())
-            said = json.loads(metadata['facts'])
-            net.accuracy = number('accuracy', said.pop('accuracy'), 0, 1)
+            said = json.loads(file.metadata()['facts'])
             shapes = {k: file.get_slice(k).get_shape() for k in file.keys()}  # noqa: SIM118
-            if said != facts or shapes != {k: list(v.shape) for k, v in net.state_dict().items()}: return None
+            if shapes != {k: list(v.shape) for k, v in net.state_dict().items()}: return None
             tensors = {k: file.get_tensor(k) for k in shapes}
-        if metadata.pop('digest', None) not in (None, content_digest(tensors, metadata)): return None
-        if list(metadata) != ['facts']: return None
+        if said.pop('digest', None) not in (None, _content(tensors, said)): return None
+        net.accuracy = number('accuracy', said.pop('accuracy'), 0, 1)
         net.load_state_dict(tensors)
-    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError, AttributeError): return None
-    return net.eval()
+    except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError, AttributeError):
+        return None
+    return net.eval() if said == facts else None
+
+def _content(tensors, facts): return content_digest(tensors, {'facts': json.dumps(facts)})
 
 # %% ../../nbs/library/84_image_features.ipynb #ebef9743
 def _write_features(path, net, facts):
     "Write a classifier with what it is of, whole or not at all."
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in net.state_dict().items()}
-    metadata = {'facts': json.dumps(facts | {'accuracy': net.accuracy})}
+    facts = facts | {'accuracy': net.accuracy}
     with write_whole(path) as draft:
-        save_file(tensors, draft, metadata | {'digest': content_digest(tensors, metadata)})
+        save_file(tensors, draft, {'facts': json.dumps(facts | {'digest': _content(tensors, facts)})})
 
 def _keep_features(path, net, facts):
     "Write it if that is possible; warn if not."
     try: _write_features(path, net, facts)
     except (OSError, SafetensorError) as e:
-        warnings.warn(f"the classifier cannot be kept in {str(path.parent)[:120]!r} and will be trained again: "
-                      f"{str(e)[:120]}", stacklevel=4)
+        warnings.warn(f"the classifier cannot be kept in {str(path.parent)[:120]!r}, "
+                      f"and will be trained again: {str(e)[:120]}", stacklevel=4)
 
 # %% ../../nbs/library/84_image_features.ipynb #88e5f435
-def _as_images(samples, dataset):
+def _as_images(name, samples, dataset):
     "Generated images as the set's own are: uint8."
-    require_in_memory('samples', samples)
-    if samples.is_floating_point():
-        _require_finite(samples)
+    samples = checked_pictures(name, samples)
+    if torch.is_tensor(samples) and samples.is_floating_point():
+        _require_finite(name, samples)
         samples = quantize(samples, dataset.levels)
-    require_images('samples', samples, dataset.levels, 2)
+    require_images(name, samples, dataset.levels, 2)
     if samples.shape[1:] != tuple(dataset.shape):
-        raise ValueError(f"samples have shape {tuple(samples.shape[1:])}, "
+        raise ValueError(f"{name} have shape {tuple(samples.shape[1:])}, "
                          f"the images of {dataset.name!r} {tuple(dataset.shape)}.")
     return samples
 
-def _require_finite(samples):
+def _require_finite(name, samples):
     "Check that the numbers of all samples are finite."
     if samples.isfinite().all(): return
     wrong = ~samples.isfinite().flatten(1).all(1)
-    raise ValueError(f"{wrong.sum()} of {len(samples)} samples are not finite.")
+    raise ValueError(f"{wrong.sum()} of {len(samples)} {name} are not finite.")
 
 # %% ../../nbs/library/84_image_features.ipynb #4f4010dd
 @typed
-def feature_distance(samples: torch.Tensor,   # generated images, uint8 or floats, shape (n, C, H, W)
+def feature_distance(samples,                 # generated images, uint8 or floats, shape (n, C, H, W)
                      dataset: ImageSet,       # the ImageSet they imitate
                      net: FeatureNet = None,  # default: the set's own, trained if need be
                      n: int = None,           # samples at a time; default: all, or half the real images
@@ -221,7 +221,7 @@ def feature_distance(samples: torch.Tensor,   # generated images, uint8 or float
                      seed: int = 0,           # of these
                     ) -> dict:                # value, noise floor, conditions; raises TypeError, ValueError
     "The Fréchet distance in a classifier's features, beside that of as many real images; thesis (4.6)."
-    samples, splits = _as_images(samples, dataset), {'train': dataset.train, 'test': dataset.test}
+    samples, splits = _as_images('samples', samples, dataset), {'train': dataset.train, 'test': dataset.test}
     reference = lookup(splits, split, 'split')()
     real = splits['train' if split == 'test' else 'test']()
     if n is None: n = min(len(samples), len(real) // 2)
@@ -242,13 +242,13 @@ def feature_distance(samples: torch.Tensor,   # generated images, uint8 or float
 
 # %% ../../nbs/library/84_image_features.ipynb #dd319a73
 @typed
-def classifier_view(images: torch.Tensor,   # uint8 or floats in [-1, 1], shape (n, C, H, W)
+def classifier_view(images,                 # uint8 or floats in [-1, 1], shape (n, C, H, W)
                     dataset: ImageSet,      # the ImageSet they imitate
                     net: FeatureNet = None, # default: the set's own, trained if need be
                     sure: float = 0.8,      # a probability from which on the classifier is sure
                    ) -> dict:               # frequencies, entropy (nats), confident: its share, n, weights
     "What a classifier sees in images: frequencies of the classes, and how many images it is sure of."
-    images, sure = _as_images(images, dataset), number('sure', sure, 0, 1)
+    images, sure = _as_images('images', images, dataset), number('sure', sure, 0, 1)
     net = net or feature_net(dataset)
     with torch.no_grad():
         p = torch.cat([net(x).softmax(1).cpu() for x in _batches(images, dataset.levels, net)])

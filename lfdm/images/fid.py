@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INCEPTION_FILE', 'INCEPTION_DIGEST', 'INCEPTION_DIMS', 'MOST_WEIGHTS', 'moments', 'frechet_distance',
-           'inception_file', 'inception', 'require_in_memory', 'fid', 'stated']
+           'inception_file', 'inception', 'checked_pictures', 'fid', 'stated']
 
 # %% ../../nbs/library/83_image_fid.ipynb #f4f2552e
 import hashlib
@@ -169,7 +169,7 @@ def inception(weights: str | os.PathLike = None, # a file; default: torch's fold
     net.digest, net.dims = hashlib.sha256(content).hexdigest()[:8], dims
     return net.eval().to(device)
 
-# %% ../../nbs/library/83_image_fid.ipynb #aae45737
+# %% ../../nbs/library/83_image_fid.ipynb #ad2aa11d
 MOST_WEIGHTS = 2**28   # bytes; the official file has 95 MB, and in float64 it would have 190
 
 def _require_size(path, size):
@@ -229,17 +229,20 @@ def _inception_features(net, images, levels, batch_size, progress, done, total):
         done += len(batch)
         if progress: progress('fid', done, total)
 
-# %% ../../nbs/library/83_image_fid.ipynb #a6beeeaf
-def require_in_memory(name: str,            # of the argument, for the message
-                      images: torch.Tensor, # on any device
-                     ) -> None:             # raises ValueError
-    "Check that a tensor has numbers: on torch's device `meta` it has none."
-    if images.is_meta: raise ValueError(f"{name} must hold numbers: on the device 'meta' there are none.")
+# %% ../../nbs/library/83_image_fid.ipynb #5286ac04
+def checked_pictures(name: str, # of the argument, for the message
+                     images,    # a tensor or an array
+                    ):          # as a tensor; raises ValueError
+    "Images with numbers: on torch's device `meta` a tensor has none."
+    if isinstance(images, np.ndarray): images = torch.as_tensor(images)
+    if torch.is_tensor(images) and images.is_meta:
+        raise ValueError(f"{name} must hold numbers: on the device 'meta' there are none.")
+    return images
 
 # %% ../../nbs/library/83_image_fid.ipynb #21115775
 @typed
-def fid(samples: torch.Tensor,        # generated images, uint8, shape (n, 1 or 3, H, W)
-        reference: torch.Tensor,      # real images, uint8, shape (m, 1 or 3, H', W')
+def fid(samples,                      # generated images, uint8, shape (n, 1 or 3, H, W)
+        reference,                    # real images, uint8, shape (m, 1 or 3, H', W')
         weights: str | os.PathLike = None, # a file; default: the one in torch's folder of downloads
         device='cpu',                 # where the network works
         batch_size: int = 50,         # images at once
@@ -250,9 +253,9 @@ def fid(samples: torch.Tensor,        # generated images, uint8, shape (n, 1 or 
         of: str = 'reference images', # what the reference is, for the record
        ) -> dict:                     # value and conditions; raises TypeError, ValueError, FileNotFoundError
     "The Fréchet distance in Inception features: FID if the weights are the official ones; thesis (4.6)."
-    for name, images in (('samples', samples), ('reference', reference)):
-        require_images(name, images, levels, 2, (1, 3))
-        require_in_memory(name, images)
+    samples, reference = checked_pictures('samples', samples), checked_pictures('reference', reference)
+    require_images('samples', samples, levels, 2, (1, 3))
+    require_images('reference', reference, levels, 2, (1, 3))
     batch_size = number('batch_size', batch_size, low=1, integer=True)
     n, m = len(samples), len(reference)
     checked_device(device)
@@ -279,7 +282,7 @@ def stated(report: dict,   # of `fid`, `feature_distance` or `ImageBound.report`
     given = {'sampler': sampler, 'steps': steps, 'EMA': 'none' if ema is None else ema, 'seed': seed} | more
     return f"{text}; {', '.join(f'{k} {v}' for k, v in given.items() if v is not None)}"
 
-# %% ../../nbs/library/83_image_fid.ipynb #e334a512
+# %% ../../nbs/library/83_image_fid.ipynb #4bbb4dc2
 _FACTS = {   # is it a bound? -> what its report has
     True: ('total', 'se', 'n'),
     False: ('measure', 'value', 'n', 'reference', 'reference_n', 'dims', 'weights')}
