@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['UNUSABLE', 'training_options', 'require_network', 'write_checkpoint', 'content_digest', 'Checkpoint',
-           'read_checkpoint', 'require_match', 'restore']
+           'read_checkpoint', 'require_state', 'require_match', 'restore']
 
 # %% ../nbs/library/68_checkpoints.ipynb #691924e3
 import copy
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,9 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .core import number, shown, write_whole
+from .core import number, shown, typed, write_whole
 
-# %% ../nbs/library/68_checkpoints.ipynb #b96fb284
+# %% ../nbs/library/68_checkpoints.ipynb #b47ed8c1
+@typed
 def training_options(ema: float = None,   # decay of the average of the weights, from 0 to 1; None: no average
                      clip: float = None,  # largest norm of a network's gradient; None: as it is
                      warmup: int = 0,     # steps over which the learning rate rises
@@ -30,30 +32,49 @@ def training_options(ema: float = None,   # decay of the average of the weights,
             'clip': None if clip is None else number('clip', clip, low=0, high=1e9, above=True),
             'warmup': number('warmup', warmup, low=0, high=1e9, integer=True)}
 
+# %% ../nbs/library/68_checkpoints.ipynb #b96fb284
 def _checked_ema(ema):
     if 0 < ema < 1: return ema
     raise ValueError(f"ema must lie between 0 and 1, or be None for no average, not {ema!r}.")
 
-# %% ../nbs/library/68_checkpoints.ipynb #network1
+# %% ../nbs/library/68_checkpoints.ipynb #18cc3566
 def require_network(net):  # a network to train; raises TypeError or ValueError
-    "Refuse a network whose state no checkpoint could bring back, before it is trained."
+    "Refuse a network that Adam could not train or a checkpoint not bring back, before it is trained."
     if not isinstance(net, nn.Module): raise TypeError(f'net must be a torch.nn.Module, not {shown(net)}.')
-    parameters = dict(net.named_parameters())
-    if any(nn.parameter.is_lazy(p) for p in parameters.values()):
-        raise ValueError('net has lazy parameters, without a shape: call it once before training.')
+    parameters, tensors = dict(net.named_parameters()), dict([*net.named_parameters(), *net.named_buffers()])
+    odd = [k for k, t in tensors.items() if nn.parameter.is_lazy(t)]
+    _refuse(odd, 'lazy parameters, without a shape: call it once before training')
     if not any(p.requires_grad for p in parameters.values()):
         raise ValueError('net has no parameter to train: none requires a gradient.')
-    odd = [name for name in net.state_dict() if name.endswith('_extra_state')]
-    if odd: raise ValueError(f'net has extra state ({odd[0]:.80}): make it a buffer, which checkpoints hold.')
-    odd = [name for name, p in parameters.items() if p.is_complex()]
-    if odd: raise ValueError(f'net has complex parameters ({odd[0]:.80}): train real and imaginary parts.')
+    _refuse([k for k, p in parameters.items() if p.is_complex()],
+            'complex parameters: train real and imaginary parts')
+    _refuse([k for k, p in parameters.items() if not p.is_floating_point()],
+            'parameters that are no floats: make them buffers')
+    _refuse([k for k, m in net.named_modules() if getattr(m, 'sparse', False)],
+            'sparse gradients, which Adam does not take')
+    _refuse([k for k in net.state_dict() if k.endswith('_extra_state')],
+            'extra state: make it a buffer, which checkpoints hold')
+    _refuse([k for k, t in tensors.items() if _overlaps(t)], 'a tensor that lies over itself: clone it')
+    first = next(iter(parameters.values())).device
+    _refuse([k for k, t in tensors.items() if t.device != first or t.is_meta],
+            'parts without a device, or on several: move it as a whole, by net.to(device)')
 
-# %% ../nbs/library/68_checkpoints.ipynb #721d8094
-def write_checkpoint(path,             # the file
-                     state,            # a TrainState (lfdm.training)
-                     run: str = None,  # the name of the run it belongs to
+# %% ../nbs/library/68_checkpoints.ipynb #network1
+def _refuse(names, what):
+    if names: raise ValueError(f'net has {what} ({names[0]:.80}).')
+
+def _overlaps(tensor):
+    "Do two of its entries share their memory, as after expand? None can then be set alone."
+    return any(step == 0 and n > 1 for step, n in zip(tensor.stride(), tensor.shape))
+
+# %% ../nbs/library/68_checkpoints.ipynb #996873d4
+@typed
+def write_checkpoint(path: str | os.PathLike, # the file
+                     state,                   # a TrainState (lfdm.training)
+                     run: str = None,         # the name of the run it belongs to
                     ):
     "Write the checkpoint: whole, or not at all. Raises OSError, and then the former file stays."
+    require_state(state)
     path, tensors = Path(path), _apart(_tensors(state))
     metadata = {'epoch': str(state.epoch),
                 'steps': str(state.steps),
@@ -67,32 +88,44 @@ def write_checkpoint(path,             # the file
     except SafetensorError as e:
         raise OSError(f"cannot write checkpoint {path}: {e}. The former one, if any, is untouched.") from e
 
-def content_digest(tensors: dict,   # name -> tensor
-                   metadata: dict,  # name -> text
-                  ) -> str:         # SHA-256, in hexadecimal digits
+# %% ../nbs/library/68_checkpoints.ipynb #721d8094
+@typed
+def content_digest(tensors: dict,  # name -> tensor, on the CPU
+                   metadata: dict, # name -> text
+                  ) -> str:        # SHA-256, in hexadecimal digits; raises TypeError
     "A digest of names, types, shapes, values and texts, whatever their order."
+    if not all(map(torch.is_tensor, tensors.values())): raise TypeError('tensors must be a dict of tensors.')
+    if not all(isinstance(v, str) for v in metadata.values()):
+        raise TypeError('metadata must be a dict of texts.')
     digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
     for name, t in sorted(tensors.items()):
         digest.update(f'{name} {t.dtype} {tuple(t.shape)} '.encode())
         digest.update(t.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
-# %% ../nbs/library/68_checkpoints.ipynb #2452a335
+# %% ../nbs/library/68_checkpoints.ipynb #8bc4e240
 def _tensors(state):
     "All tensors of a state, by their names in the file."
     average = {} if state.average is None else _weights(state.average)
     learned = {m: s.state() for m, s in state.learning.items()}
     return (_named('net', _weights(state.net))
+            | _named('hidden', _hidden(state.net))
             | {'generators': torch.stack([g.get_state() for g in state.generators])}
             | _numbered('schedule', learned)
             | _named('ema', average)
             | _numbered('optimizer', _moments(state)))
 
-def _weights(net):
-    "A network's tensors, compiled or not; buffers that its state dict leaves out among them."
-    found = net.state_dict()
-    hidden = {k: v for k, v in net.named_buffers() if k not in found}
-    return {k.replace('_orig_mod.', ''): v for k, v in (found | hidden).items()}
+def _plain(name):
+    "A tensor's name without what torch.compile adds to it."
+    return name.replace('_orig_mod.', '')
+
+def _weights(net): return {_plain(k): v for k, v in net.state_dict().items()}
+
+# %% ../nbs/library/68_checkpoints.ipynb #e571ba56
+def _hidden(net):
+    "Buffers that a network's state dict leaves out."
+    kept = net.state_dict()
+    return {_plain(k): v for k, v in net.named_buffers() if k not in kept}
 
 def _moments(state): return state.optimizer.state_dict()['state']
 
@@ -102,6 +135,7 @@ def _numbered(part, groups):
     "{3: {'exp_avg': tensor}} as {'optimizer.3.exp_avg': tensor}."
     return {f'{part}.{i}.{k}': v for i, group in groups.items() for k, v in group.items()}
 
+# %% ../nbs/library/68_checkpoints.ipynb #2452a335
 def _apart(tensors):
     "Tensors that share no memory: tied weights and views are stored each for itself."
     seen, found = set(), {}
@@ -122,15 +156,17 @@ class Checkpoint(NamedTuple):
     history: list                # what was measured after each epoch
     options: dict                # `training_options`
     weights: dict                # the network's tensors, by name
+    hidden: dict                 # buffers that are not in its state dict
     average: dict                # those of the average of the weights; empty without one
     moments: dict                # Adam's state, by the number of the parameter
     trained: set                 # numbers of the parameters that have such a state; None: a file from before
     random_states: torch.Tensor  # one row for each generator
     learned: dict                # what schedules have learned, by the number of the network
 
-# %% ../nbs/library/68_checkpoints.ipynb #4acadaf0
-def read_checkpoint(path,           # the file
-                   ) -> Checkpoint: # raises ValueError if the file is damaged
+# %% ../nbs/library/68_checkpoints.ipynb #aaca4f86
+@typed
+def read_checkpoint(path: str | os.PathLike, # the file
+                   ) -> Checkpoint:          # raises ValueError if the file is damaged
     "Read a checkpoint. Files from before digests have none to check."
     try:
         with safe_open(path, 'pt') as file:
@@ -139,13 +175,14 @@ def read_checkpoint(path,           # the file
         _require_digest(tensors, dict(metadata))
         moments = _groups(_part(tensors, 'optimizer'))
         return Checkpoint(
-            path=path,
+            path=Path(path),
             run=metadata.get('run', ''),
             epoch=int(metadata['epoch']),
             steps=int(metadata['steps']) if 'steps' in metadata else _adams_count(moments),
             history=_checked_history(json.loads(metadata['history'])),
             options=training_options(**json.loads(metadata.get('options', '{}'))),  # the first files had none
             weights=_part(tensors, 'net'),
+            hidden=_part(tensors, 'hidden'),
             average=_part(tensors, 'ema'),
             moments=moments,
             trained=set(json.loads(metadata['trained'])) if 'trained' in metadata else None,
@@ -153,10 +190,10 @@ def read_checkpoint(path,           # the file
             learned=_groups(_part(tensors, 'schedule')))
     except UNUSABLE as e: raise _unusable(path, e) from e
 
+# %% ../nbs/library/68_checkpoints.ipynb #4acadaf0
 def _part(tensors, part):
     "The tensors of one part, without its name and without what torch.compile adds to names."
-    found = {k.removeprefix(f'{part}.'): v for k, v in tensors.items() if k.startswith(f'{part}.')}
-    return {k.replace('_orig_mod.', ''): v for k, v in found.items()}
+    return {_plain(k.removeprefix(f'{part}.')): v for k, v in tensors.items() if k.startswith(f'{part}.')}
 
 def _groups(tensors):
     "{'3.exp_avg': tensor} as {3: {'exp_avg': tensor}}."
@@ -172,9 +209,16 @@ def _adams_count(moments):
     if not all(map(torch.isfinite, counts)): raise ValueError('it does not say how many steps were made')
     return int(max(counts, default=0))
 
-# %% ../nbs/library/68_checkpoints.ipynb #ed679201
+# %% ../nbs/library/68_checkpoints.ipynb #77dc4531
 UNUSABLE = (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OverflowError, OSError)
 
+def require_state(state):  # raises TypeError
+    "Refuse what is no TrainState."
+    parts = 'net', 'optimizer', 'generators', 'options', 'learning'
+    if not all(hasattr(state, part) for part in parts):
+        raise TypeError(f'state must be a TrainState, not {shown(state)}.')
+
+# %% ../nbs/library/68_checkpoints.ipynb #ed679201
 def _unusable(path, why):
     return ValueError(f"checkpoint {path} cannot be used: {why}. Move it away to start afresh.")
 
@@ -193,6 +237,7 @@ def require_match(record: Checkpoint,  # what was read
                   run: str = None,     # the name of the run that goes on
                  ):                    # raises ValueError
     "Refuse a checkpoint of another run, of other options, another network, or another kind of device."
+    require_state(state)
     try:
         if run and record.run and record.run != run:
             raise ValueError(f'it belongs to another run, {record.run}, not to {run}')
@@ -204,7 +249,7 @@ def require_match(record: Checkpoint,  # what was read
         _require_learned(record, state.learning)
     except UNUSABLE as e: raise _unusable(record.path, e) from e
 
-# %% ../nbs/library/68_checkpoints.ipynb #cb0df721
+# %% ../nbs/library/68_checkpoints.ipynb #0c18b0ed
 def _kinds(tensors): return {k: (v.shape, v.dtype) for k, v in tensors.items()}
 
 def _require_options(record, options):
@@ -221,6 +266,7 @@ def _require_average(record, state):
     if _kinds(record.average) != expected:
         raise ValueError('it does not hold the average of the weights')
 
+# %% ../nbs/library/68_checkpoints.ipynb #85118aee
 def _require_moments(record, net):
     "Of every parameter that was trained; files from before say nothing about those without a gradient."
     parameters = dict(enumerate(net.parameters()))
@@ -231,6 +277,7 @@ def _require_moments(record, net):
     if {i: {k: v.shape for k, v in group.items()} for i, group in record.moments.items()} != expected:
         raise ValueError("it does not hold this network's Adam moments")
 
+# %% ../nbs/library/68_checkpoints.ipynb #cb0df721
 def _require_random_states(record, generators):
     if record.random_states.shape != (len(generators), *generators[0].get_state().shape):
         raise ValueError("its random state is another device's")
@@ -244,13 +291,15 @@ def _require_learned(record, learning):
     for m, schedule in learning.items():
         copy.deepcopy(schedule).load_state(record.learned.get(m, {}))  # raises if it is no state of its own
 
-# %% ../nbs/library/68_checkpoints.ipynb #208b5692
+# %% ../nbs/library/68_checkpoints.ipynb #b5f06082
+@typed
 def restore(state,               # a TrainState; changed in place
             record: Checkpoint,  # one that matches it
            ):
     "Put a state where the checkpoint was made."
-    _set_weights(state.net, record.weights)
-    if state.average is not None: _set_weights(state.average, record.average)
+    require_state(state)
+    _set_weights(state.net, record.weights, record.hidden)
+    if state.average is not None: _set_weights(state.average, record.average, record.hidden)
     state.optimizer.load_state_dict({'state': _moments_like(state.net, record.moments),
                                      'param_groups': state.optimizer.state_dict()['param_groups']})
     for g, random_state in zip(state.generators, record.random_states):
@@ -258,10 +307,13 @@ def restore(state,               # a TrainState; changed in place
     for m, schedule in state.learning.items(): schedule.load_state(record.learned.get(m, {}))
     state.epoch, state.steps, state.history = record.epoch, record.steps, record.history
 
-@torch.no_grad()
-def _set_weights(net, weights):
-    own = _weights(net)
-    for name, tensor in weights.items(): own[name].copy_(tensor)
+# %% ../nbs/library/68_checkpoints.ipynb #208b5692
+def _set_weights(net, weights, hidden):
+    "Set a network's tensors. A hidden buffer that has another shape now is a cache: it fills itself."
+    net.load_state_dict({name: weights[_plain(name)] for name in net.state_dict()})
+    for name, buffer in _hidden(net).items():
+        kept = hidden.get(name)
+        if kept is not None and _kinds({0: kept}) == _kinds({0: buffer}): buffer.copy_(kept)
 
 def _moments_like(net, moments):
     "Adam's moments, laid out in memory as the weights are."

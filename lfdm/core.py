@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LONGEST', 'short', 'shown', 'listed', 'unknown', 'lookup', 'Choice', 'from_spec', 'spec', 'instance', 'number',
            'checked_seed', 'checked_device', 'seeded', 'Numeric', 'typed', 'expand', 'is_symbolic', 'maths',
-           'as_number', 'sync', 'write_whole', 'project_root']
+           'as_number', 'formula', 'sync', 'write_whole', 'project_root']
 
 # %% ../nbs/library/00_core.ipynb #6326c1cb
 import ast
@@ -227,6 +227,7 @@ def _real_tensor(name, value, what='a tensor of numbers'):
         try: value = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError, OverflowError): pass
     if not torch.is_tensor(value): raise TypeError(f'{name} must be {what}, not {shown(value)}.')
+    if value.is_meta: raise ValueError(f'{name} must hold numbers, not lie on the device meta.')
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f'{name} must hold real numbers, not {value.dtype}.')
     whole = not value.is_floating_point() and value.dtype != torch.uint8
@@ -358,11 +359,32 @@ def as_number(t,           # a number, an array, a tensor or a sympy expression
               name='t',    # the parameter's name, for the message
              ):            # a floating-point tensor, or the expression unchanged; raises TypeError
     "Numbers become float64 tensors; floating-point tensors keep their dtype; symbols stay symbols."
-    if torch.is_tensor(t) and t.is_floating_point() or is_symbolic(t): return t
+    if torch.is_tensor(t) and t.is_floating_point() and not t.is_meta or is_symbolic(t): return t
     if isinstance(t, float): return torch.tensor(t, dtype=torch.float64)
     found = _real_tensor(name, t, 'a number or a tensor of real numbers')
     if torch.is_tensor(t): return found.to(torch.get_default_dtype())
     return torch.as_tensor(t, dtype=torch.float64) if isinstance(t, Real | list | tuple) else found.double()
+
+# %% ../nbs/library/00_core.ipynb #3ebe0383
+def _to(found, dtype):
+    "A tensor, or a tuple of them, in this dtype."
+    if torch.is_tensor(found): return found.to(dtype)
+    parts = [_to(q, dtype) for q in found]
+    return found._make(parts) if hasattr(found, '_make') else tuple(parts)
+
+def formula(function,  # its last parameter is what it depends on: a time, a level
+           ):          # the same for numbers, arrays, tensors and symbols; 16 bits are computed in 32
+    "A door to a formula of one variable. Raises TypeError for what is no number."
+    *others, name = inspect.signature(function).parameters
+    @wraps(function)
+    def inside(*args, **given):
+        values = (*args, *given.values())
+        if len(values) != len(others) + 1 or given.keys() - {name}: return function(*args, **given)  # raises
+        *before, t = values
+        t = as_number(t, name)
+        if torch.is_tensor(t) and t.dtype.itemsize < 4: return _to(function(*before, t.float()), t.dtype)
+        return function(*before, t)
+    return inside
 
 # %% ../nbs/library/00_core.ipynb #857a25ea
 def sync(path,  # a file, or a folder: then its names

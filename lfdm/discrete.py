@@ -7,17 +7,31 @@ __all__ = ['BETAS', 'Staircase', 'DiscreteSchedule', 'DDPMSchedule']
 
 # %% ../nbs/library/12_discrete.ipynb #26d185e9
 import math
+import warnings
 
 import torch
 
-from .core import as_number, instance, lookup, number, spec
+from lfdm.core import (
+    Numeric,
+    as_number,
+    formula,
+    instance,
+    lookup,
+    number,
+    shown,
+    spec,
+    typed,
+)
 from .schedules import SCHEDULES, Level, Schedule, require_formula
 
 # %% ../nbs/library/12_discrete.ipynb #11863ce5
 def _require_falling(name, levels):
     "Raise ValueError unless λ_0 > λ_1 > ... > λ_T."
+    if not torch.is_tensor(levels) or levels.ndim != 1 or len(levels) < 2:
+        raise ValueError(f"levels must be two numbers or more, from clean to noisy, not {shown(levels)}.")
     if not (levels.diff() < 0).all():
-        raise ValueError(f"the {len(levels) - 1} levels of {name!r} do not fall: {levels}.")
+        raise ValueError(f"the {len(levels) - 1} levels of {name!r} do not fall from {levels[0]:.6g} to "
+                         f"{levels[-1]:.6g}: there are more than numbers can tell apart.")
 
 def _require_path(schedule):
     "Raise ValueError if a schedule has levels of its own already."
@@ -40,15 +54,26 @@ def _require_last(logsnr_min, last):
     "Raise ValueError if λ_T is asked to be another than it is."
     if logsnr_min is not None and abs(number('logsnr_min', logsnr_min) - last) > 1e-6 * abs(last):
         raise ValueError(f"the ddpm schedule ends at logsnr {last:.6g}, given by T and beta; "
-                         f"it cannot end at {logsnr_min!r}.")
+                         f"it cannot end at logsnr_min {logsnr_min!r}.")
+
+def _warn_of_signal(schedule, last):
+    "Warn if a chain ends before the noise is complete: sampling starts from noise without any signal."
+    if last <= -5: return
+    left = (last / 2).exp().item()
+    warnings.warn(f"the chain of T = {schedule.T} steps ends at logsnr {last:.3g}, with {left:.2g} times as "
+                  "much signal as noise, but sampling starts from noise alone. Take more steps, or a "
+                  "larger beta.", stacklevel=3)
 
 # %% ../nbs/library/12_discrete.ipynb #0199fdd0
 class Staircase(Schedule):
     "T levels λ_1 > ... > λ_T, and λ_0 where sampling ends; differences of SNRs where others have λ′."
 
-    def __init__(self, levels):  # λ_0 > λ_1 > ... > λ_T, float64; raises ValueError
+    @typed
+    def __init__(self,
+                 levels: Numeric,  # λ_0 > λ_1 > ... > λ_T
+                ):                 # raises TypeError or ValueError
         _require_falling(self.name, levels)
-        self._levels = levels
+        self._levels = levels = levels.double()
         self.logsnr_max = levels[0].item()   # a staircase's repr names λ_0 first
         super().__init__(levels[-1].item(), levels[0].item())
         self._t0, self._t1 = 0., 1.          # it is not cut
@@ -58,47 +83,54 @@ class Staircase(Schedule):
         "T."
         return len(self._levels) - 1
 
-    # the path: λ_i at u in ((i-1)/T, i/T], λ_0 at 0
-    def path(self, u):
-        require_formula(self, u)
-        return self._levels.to(u)[self.index(u)]
+    # the path: λ_i at t in ((i-1)/T, i/T], λ_0 at 0; nan is at no level
+    def logsnr(self, t):
+        "λ of the step that t lies in."
+        require_formula(self, t)
+        t = as_number(t)
+        return self._levels.to(t)[self._index(t)].where(~t.isnan(), t)
+
+    def path(self, u): return self.logsnr(u)
 
     def inverse(self, logsnr):
         "The time i/T of the cell that λ lies in."
-        return self.cell(logsnr).to(logsnr) / self.steps
+        return self._values(torch.arange(1, self.steps + 1), logsnr) / self.steps
 
     def slope(self, logsnr):
         "In place of λ′: -T expm1(λ_{i-1} - λ_i)."
-        return -self.steps * self._of_cell(torch.expm1(-self._levels.diff()), logsnr)
+        return -self.steps * self._values(torch.expm1(-self._levels.diff()), logsnr)
 
+    @formula
     def density(self, logsnr):
         "p(λ) of the staircase's cells, 1/T(λ_{i-1} - λ_i) inside the range and 0 outside."
-        logsnr = as_number(logsnr)
-        return self._inside(logsnr, self._of_cell(-1 / (self.steps * self._levels.diff()), logsnr))
+        return self._inside(logsnr, self._values(-1 / (self.steps * self._levels.diff()), logsnr))
+
+    @formula
+    def before(self, logsnr):
+        "λ_{i-1}, the next cleaner level."
+        return self._values(self._levels, logsnr)
+
+    @formula
+    def jump(self, logsnr):
+        "λ_{i-1} - λ_i, with the digits of float64."
+        return self._values(-self._levels.diff(), logsnr)
 
     # its steps
-    def index(self, t):
+    def _index(self, t):
         "i = ⌈tT⌉, from 0 at t = 0 to T; i/T is found in spite of rounding."
-        t = as_number(t)
         n = t.to(torch.promote_types(t.dtype, torch.float32)) * self.steps
         whole = (n - n.round()).abs() <= 4 * torch.finfo(t.dtype).eps * n
         return torch.where(whole, n.round(), n.ceil()).long().clamp(0, self.steps)
 
-    def cell(self, logsnr):
+    def _cell(self, logsnr):
         "The i with λ_i ≤ λ < λ_{i-1}, 1 to T; a level itself is found in spite of rounding."
         near = logsnr + 4 * torch.finfo(logsnr.dtype).eps * logsnr.abs().clamp(min=1)
         above = torch.searchsorted(self._levels.to(logsnr).flip(0), near.detach(), right=True)
         return (self.steps + 1 - above).clamp(1, self.steps)
 
-    def before(self, logsnr):
-        "λ_{i-1}, the next cleaner level."
-        return self._of_cell(self._levels, logsnr)
-
-    def jump(self, logsnr):
-        "λ_{i-1} - λ_i, with the digits of float64."
-        return self._of_cell(-self._levels.diff(), logsnr)
-
-    def _of_cell(self, values, logsnr): return values.to(logsnr)[self.cell(logsnr) - 1]
+    def _values(self, values, logsnr):
+        "Those of the cells that λ lies in; of the cells' ends, the cleaner one."
+        return values.to(logsnr)[self._cell(logsnr) - 1].where(~logsnr.isnan(), logsnr)
 
     # with the scales
     def level(self, t):
@@ -108,7 +140,7 @@ class Staircase(Schedule):
 
     def level_at(self, logsnr):
         "The level of the chain whose cell λ lies in: the next noisier one."
-        return super().level_at(self._levels.to(logsnr)[self.cell(logsnr)])
+        return super().level_at(self._values(self._levels[1:], as_number(logsnr, 'logsnr')))
 
 # %% ../nbs/library/12_discrete.ipynb #6a337e24
 def _with_ends(schedule, **ends):
@@ -176,6 +208,7 @@ class DDPMSchedule(Staircase):
         _require_last(logsnr_min, levels[-1])
         clean = torch.tensor([float(logsnr_max)], dtype=torch.float64)
         super().__init__(torch.cat([clean, levels]))
+        _warn_of_signal(self, levels[-1])
 
     @property
     def betas(self):

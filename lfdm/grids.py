@@ -19,6 +19,7 @@ from functools import partial
 import numpy as np
 from joblib import Parallel, delayed
 
+from .checkpoints import read_checkpoint
 from .core import number, shown, typed, unknown
 from .folders import checked_name, runs_root
 from .networks import StackedMLP
@@ -49,6 +50,7 @@ def grid(kind=Parameters, # the class of parameters
     values = [_values(k, v) for k, v in axes.items()]
     return [kind(**dict(zip(axes, combination))) for combination in itertools.product(*values)]
 
+# %% ../nbs/library/96_grids.ipynb #297adbdc
 def _values(name, axis):
     "The values of an axis."
     if isinstance(axis, np.ndarray): axis = axis.tolist()
@@ -76,6 +78,7 @@ def stacks_of(parameters: list, # of Parameters
     groups = [list(group) for _, group in itertools.groupby(ordered, _alike)]
     return [group[i:i + size] for group in groups for i in range(0, len(group), size)]
 
+# %% ../nbs/library/96_grids.ipynb #86f32cba
 def checked_all(parameters,  # what the user gave
                 kind: type,  # what each of them must be
                ) -> list:    # of parameters; raises TypeError
@@ -94,18 +97,19 @@ def train_stacked(tasks: list,      # of PointsTask, alike
                  ) -> TrainState:   # at the end
     "Train a stack of runs."
     p, all_p = tasks[0].parameters, [task.parameters for task in tasks]
-    losses = [p.loss() for p in all_p]
+    losses, name = [p.loss() for p in all_p], ' '.join(p.slug() for p in all_p)
     nets, schedules = StackedMLP([task.new_network() for task in tasks]), [loss.schedule for loss in losses]
     state = TrainState(nets, p.lr, [p.seed for p in all_p], p.ema, p.clip, p.warmup, schedules)
-    if checkpoint.exists(): state.load(checkpoint)
+    if checkpoint.exists(): state.load(checkpoint, name)
     data = [task.data.train(p.seed).to(p.device) for task, p in zip(tasks, all_p)]
     progress('train', state.epoch, p.epochs)
     validations = [task.validation() for task in tasks]
     for _ in train_stack(state, losses, data, p.epochs, p.batch_size, validations):   # the state itself moves
-        state.save(checkpoint)
+        state.save(checkpoint, name)
         progress('train', state.epoch, p.epochs)
     return state
 
+# %% ../nbs/library/96_grids.ipynb #faf4d312
 def sample_stacked(tasks: list, # of PointsTask, alike
                    net,         # the trained StackedMLP
                    progress):   # called as progress(phase, done, total)
@@ -141,19 +145,22 @@ def _make_stack(batch, study, root, progress):
         checkpoint.unlink(missing_ok=True)
     return {p: epoch for p, epoch in diverged.items() if epoch is not None}
 
+# %% ../nbs/library/96_grids.ipynb #473535a8
 def _diverged_at(history, samples):
     "The epoch in which a network diverged, the last if only its samples did; None if none did."
     if 'diverged' not in history[-1] and samples.isfinite().all(): return None
     return next((r['epoch'] for r in history if 'diverged' in r), history[-1]['epoch'])
 
 # %% ../nbs/library/96_grids.ipynb #b84de6aa
-def side_by_side(tasks: list,       # of joblib's delayed calls
-                 workers: int = 1,  # processes; one is this process itself
-                ):                  # yields their results as they come
+def side_by_side(tasks: list,           # of joblib's delayed calls
+                 workers: int = 1,      # processes; one is this process itself
+                 ordered: bool = False, # in the order of the tasks, or as they come
+                ):                      # yields their results
     "Calls made by several processes, which end with this one."
-    return Parallel(workers, return_as='generator_unordered',
+    return Parallel(workers, return_as='generator' if ordered else 'generator_unordered',
                     initializer=_end_with, initargs=(os.getpid(),))(tasks)
 
+# %% ../nbs/library/96_grids.ipynb #0ab81e17
 def _end_with(parent):
     "In a worker: watch the process that it works for, and end with it."
     def watch():
@@ -174,7 +181,7 @@ def make_grid(parameters,             # a list of Parameters: what to run
              ) -> tuple:              # (finished runs by parameters, epoch of divergence by parameters)
     "Load the runs that are finished and make the others, a stack at a time."
     parameters, workers, report = _checked(parameters, Parameters, study, root, workers, progress)
-    stacks = stacks_of(_missing(parameters, study, root), number('stack', stack, low=1, integer=True))
+    stacks = _unfinished(parameters, study, root, number('stack', stack, low=1, integer=True))
     inside = report if workers == 1 else _silent
     report('stack', 0, len(stacks))
     diverged = {}
@@ -184,11 +191,28 @@ def make_grid(parameters,             # a list of Parameters: what to run
         report('stack', i, len(stacks))
     return {p: make_run(p, study, root) for p in parameters if p not in diverged}, diverged
 
+# %% ../nbs/library/96_grids.ipynb #f798031d
 def _checked(parameters, kind, study, root, workers, progress):
     "What is to be made, by how many processes, and to whom it is reported."
     checked_name('study', study), runs_root(root)
     workers = number('workers', workers, low=1, high=1000, integer=True)
     return checked_all(parameters, kind), workers, progress or _silent
+
+# %% ../nbs/library/96_grids.ipynb #3ed8e1d1
+def _unfinished(parameters, study, root, size):
+    "The stacks that are to be made. One that was begun goes on as it was, so that its numbers are the same."
+    begun = _begun(parameters, study, root)
+    taken = {p for stack in begun for p in stack}
+    return begun + stacks_of([p for p in _missing(parameters, study, root) if p not in taken], size)
+
+def _begun(parameters, study, root):
+    "The stacks whose checkpoints name none but these runs."
+    stacks, free = [], {p.slug(): p for p in parameters}
+    for path in sorted((runs_root(root) / study).glob('.stack-*.safetensors')):
+        try: names = read_checkpoint(path).run.split()
+        except ValueError: continue   # damaged: said when its stack is to be made
+        if names and all(name in free for name in names): stacks.append([free.pop(name) for name in names])
+    return stacks
 
 def _missing(parameters, study, root):
     "Those that are not finished, each once."
@@ -213,6 +237,7 @@ def make_images(parameters,            # a list of ImageParameters: what to run
         report('run', i, len(missing))
     return {p: make_run(p, study, root) for p in parameters if p not in diverged}, diverged
 
+# %% ../nbs/library/96_grids.ipynb #d3569295
 def _make_or_diverge(p, study, root, progress):
     "(parameters, None), or what was said when it diverged."
     try: make_run(p, study, root, progress)

@@ -19,7 +19,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-from .core import project_root
+from .core import lookup, project_root
 
 # %% ../nbs/library/04_ledger.ipynb #2614a076
 NBS = project_root() / 'nbs'
@@ -271,6 +271,7 @@ def equation_table(document: str, # in DOCUMENTS
                    rows=None,     # of `ledger`; default: that of the notebooks
                   ) -> str:       # Markdown
     "One document's equations."
+    lookup(DOCUMENTS, document, 'document')
     rows = ledger() if rows is None else rows
     marks = {_key(equation): i for i, e in enumerate(errata(), 1) for equation in e.equations}
     lines = ['| number | what it says | status | where |', '|:--|:----------|:--|:-------|']
@@ -318,6 +319,7 @@ def errata_list(document: str, # in DOCUMENTS
                 lines=None,    # of `checks`; default: those of the notebooks
                ) -> str:       # Markdown
     "One document's errata."
+    lookup(DOCUMENTS, document, 'document')
     lines, parts = checks() if lines is None else lines, []
     for i, e in enumerate(errata(), 1):
         if e.document != document: continue

@@ -27,7 +27,7 @@ def predict(net: Callable,    # network: (z of shape (n, ...), u of shape (n,)) 
     dtype, z, level = _shown_dtype(net, dtype or z.dtype), widened(z), Level(*map(widened, level))
     _require_level(z, level)
     u = network_time(level.logsnr).expand(len(z))
-    y_hat = _answer(net, (z / expand(level.scale, z)).to(dtype), u.to(dtype))
+    y_hat = _answer(net, (z / expand(_scale(level), z)).to(dtype), u.to(dtype))
     _require_prediction(y_hat, z)
     return y_hat
 
@@ -38,12 +38,17 @@ def _shown_dtype(net, dtype):
     own = next((p.dtype for p in parameters if p.is_floating_point()), dtype)
     return own if min(own.itemsize, dtype.itemsize) < 4 else dtype
 
+def _scale(level):
+    "√(α²+σ²), also where a square is infinite."
+    scale = level.scale
+    return torch.where(scale.isinf(), torch.hypot(level.alpha, level.sigma), scale)
+
 def _answer(net, z, u):
     "What the network says; raises TypeError if it does not take the data's dtype."
     try: return net(z, u)
     except RuntimeError as e:
         if not re.search('dtype|scalar type|[Ii]nput type', str(e)): raise
-        raise TypeError(f'the network does not take x of {z.dtype}: {str(e).splitlines()[0]:.150} '
+        raise TypeError(f'the network does not take x of {z.dtype} ({str(e).splitlines()[0]:.150}). '
                         'Convert the data or the network, e.g. x.float() or net.double().') from e
 
 # %% ../nbs/library/40_losses.ipynb #aaa70c95
@@ -99,8 +104,11 @@ def _require_fit(x, t, eps):
         raise ValueError(f"t must be one time for each of x's {len(x)} examples, not {shown(t)}.")
     require_shape('eps', eps, 'x', x)
 
-def require_shape(name, a,    # what must have the shape
-                  other, x):  # of this
+def require_shape(name: str,  # of what must have the shape, for the message
+                  a,          # what must have it
+                  other: str, # of what has it
+                  x,          # what has it
+                 ):           # raises ValueError
     "Check that two tensors have one shape."
     if a.shape == x.shape: return
     raise ValueError(f"{name} must have {other}'s shape, {tuple(x.shape)}, not {tuple(a.shape)}.")
@@ -134,7 +142,7 @@ def _require_usable_range(loss):
         raise ValueError(f'the factor of {loss!r:.180} is 0 in float32 over the whole range of logsnr: '
                          'there is nothing to learn. Choose other options.')
     level, one = loss.schedule.level_at(logsnr), torch.ones(201, 1)
-    _require_finite(loss, 'network input', (level.alpha + level.sigma) / level.scale, logsnr)
+    _require_finite(loss, 'network input', (level.alpha + level.sigma) / _scale(level), logsnr)
     try: y = torch.cat([loss.target.encode(one, eps, level.alpha, level.sigma) for eps in (one, -one)], 1)
     except ZeroDivisionError: y = one / level.sigma[:, None]
     _require_finite(loss, 'target', y.abs().amax(1), logsnr)

@@ -9,16 +9,17 @@ __all__ = ['MLP', 'StackedMLP']
 import torch
 from torch import nn
 
-from .core import number
+from .core import number, shown, typed
 
 # %% ../nbs/library/60_networks.ipynb #828a8ac4
 class MLP(nn.Module):
     "Fully connected layers with ReLU between them: net(z, u) -> ŷ; thesis 4.2."
+    @typed
     def __init__(self,
                  dim: int = 2,     # D, the data's dimension
                  width: int = 128, # units of each hidden layer
                  depth: int = 7,   # number of linear layers
-                ):
+                ):                 # raises TypeError, ValueError
         super().__init__()
         dim = number('dim', dim, low=1, integer=True)
         width = number('width', width, low=1, integer=True)
@@ -43,12 +44,21 @@ def _stacked(weights, biases, z, u):
     for i, (w, b) in enumerate(zip(weights, biases)): h = torch.baddbmm(b, h.relu_() if i else h, w)
     return h
 
+def _require_one_shape(nets):
+    "Raise unless they are MLPs of one shape, at least one."
+    for net in nets:
+        if not isinstance(net, MLP): raise TypeError(f'nets must be MLPs, not {shown(net)}.')
+    shapes = {str([(tuple(p.shape), p.dtype, p.device) for p in net.parameters()]) for net in nets}
+    if len(shapes) != 1: raise ValueError(f'nets must be MLPs of one shape, not of {len(shapes)} shapes.')
+
 class StackedMLP(nn.Module):
     "M networks of one shape as one: net(z, u) with z of shape (M, n, D) and u of shape (M, n)."
+    @typed
     def __init__(self,
                  nets: list,  # MLPs of one shape; their weights are copied
-                ):
+                ):            # raises TypeError, ValueError
         super().__init__()
+        _require_one_shape(nets)
         layers = list(zip(*map(_linears, nets)))   # for each layer, that of every network
         weights = [torch.stack([m.weight.detach().T for m in layer]) for layer in layers]
         biases = [torch.stack([m.bias.detach()[None] for m in layer]) for layer in layers]
@@ -63,17 +73,21 @@ class StackedMLP(nn.Module):
         "The predictions ŷ."
         return _stacked(self.weights, self.biases, z, u)
 
+    @typed
     def alone(self,
               m: int,  # which network, from 0
              ):        # net(z, u) with z of shape (n, D), on the stack's own weights
         "One of the networks, without a copy."
+        m = number('m', m, 0, len(self) - 1, integer=True)
         weights, biases = ([p[m:m + 1] for p in ps] for ps in (self.weights, self.biases))
         return lambda z, u: _stacked(weights, biases, z[None], u[None])[0]
 
+    @typed
     def network(self,
                 m: int,   # which, from 0
                ) -> MLP:  # a copy that stands alone
         "One of the networks."
+        m = number('m', m, 0, len(self) - 1, integer=True)
         sizes = [w.shape for w in self.weights]
         with torch.random.fork_rng(devices=[]): net = MLP(sizes[-1][-1], sizes[0][-1], len(sizes))
         with torch.no_grad():

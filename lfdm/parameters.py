@@ -107,6 +107,16 @@ def require_fields(kind: type,    # a class of parameters
     missing = [k for k in valid if k not in record]
     if missing: raise ValueError(f"parameters missing: {', '.join(missing)}")
 
+# %% ../nbs/library/92_parameters.ipynb #64a3f2e9
+def _checked_word(field, value):
+    if not isinstance(value, str): raise TypeError(f'{field} must be a word, not {shown(value)}.')
+    return value
+
+def _one_name(words):
+    "Words without what leads to another folder or line, and no longer than a file's name may be."
+    plain = ''.join('_' if c in '/\\' or not c.isprintable() else c for c in words)
+    return plain.lstrip('.').encode()[:200].decode(errors='ignore')
+
 # %% ../nbs/library/92_parameters.ipynb #da3c24ef
 @dataclass(frozen=True)
 class RunParameters:
@@ -185,15 +195,6 @@ class RunParameters:
         parameters = cls(**record | {'device': 'cpu'})
         vars(parameters)['device'] = _checked_word('device', record['device'])
         return parameters
-
-def _checked_word(field, value):
-    if not isinstance(value, str): raise TypeError(f'{field} must be a word, not {shown(value)}.')
-    return value
-
-def _one_name(words):
-    "Words without what leads to another folder or line, and no longer than a file's name may be."
-    plain = ''.join('_' if c in '/\\' or not c.isprintable() else c for c in words)
-    return plain.lstrip('.').encode()[:200].decode(errors='ignore')
 
 # %% ../nbs/library/92_parameters.ipynb #a874ddec
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ __all__ = ['prove', 'check', 'refute']
 # %% ../nbs/library/02_proofs.ipynb #633cbb93
 import math
 import random
+from numbers import Number
 
 import sympy
 import torch
 from sympy.core.function import AppliedUndef
 
-from .core import is_symbolic
+from .core import is_symbolic, shown, typed
 
 # %% ../nbs/library/02_proofs.ipynb #458a439c
 _SIMPLIFICATIONS = (
@@ -22,20 +23,31 @@ _SIMPLIFICATIONS = (
     lambda e: sympy.simplify(e.rewrite(sympy.exp)),
     lambda e: sympy.simplify(sympy.expand(sympy.radsimp(e))))
 
+def _expression(name, value):
+    "A sympy expression or a number as an expression. A text is none: sympy would run it."
+    if is_symbolic(value) or isinstance(value, Number) and not isinstance(value, bool):
+        return sympy.sympify(value)
+    raise TypeError(f'{name} must be a sympy expression or a number, not {shown(value)}.')
+
+@typed
 def prove(left,         # a sympy expression
           right,        # what it must equal identically
           source: str,  # the equation proved, e.g. 'thesis 3.22'
          ) -> None:     # prints the source; raises AssertionError with the residue if the two differ
     "Prove an identity with sympy, or fail."
-    residue = sympy.nsimplify(sympy.sympify(left) - sympy.sympify(right))
+    left, right = _expression('left', left), _expression('right', right)
+    residue = sympy.nsimplify(left - right)
     if not any(simplified(residue) == 0 for simplified in _SIMPLIFICATIONS):
         raise AssertionError(f'not proved: {source}: the two sides differ by {sympy.simplify(residue)}')
     print(f'proved: {source}')
 
 # %% ../nbs/library/02_proofs.ipynb #e356765c
-def _numbers(v):
-    "Anything that holds numbers as a float64 tensor."
+def _numbers(name, v):
+    "Anything that holds real numbers as a float64 tensor."
     v = float(v) if is_symbolic(v) else v
+    try: real = not torch.as_tensor(v).is_complex()
+    except (TypeError, ValueError, RuntimeError): real = False
+    if not real: raise TypeError(f'{name} must hold real numbers, not {shown(v)}.')
     return torch.as_tensor(v, dtype=torch.float64, device='cpu').detach()
 
 def _require_like(source, value, expected):
@@ -51,6 +63,7 @@ def _relative_difference(value, expected):
     return torch.where(value == expected, 0., (value - expected).abs() / size)
 
 # %% ../nbs/library/02_proofs.ipynb #e9933200
+@typed
 def check(value,                    # a float, tensor, array or sympy number
           expected,                 # what it must equal: one number, or of value's shape
           source: str,              # the equation checked, e.g. 'thesis 3.6'
@@ -58,12 +71,15 @@ def check(value,                    # a float, tensor, array or sympy number
           within=None,              # or the largest difference, e.g. four standard errors
          ) -> None:                 # prints the source; raises AssertionError with the numbers
     "Compare numbers with what they must be, or fail."
-    value, expected = _numbers(value), _numbers(expected)
+    value, expected = _numbers('value', value), _numbers('expected', expected)
     _require_like(source, value, expected)
+    if not value.numel(): raise ValueError(f'{source}: value holds no numbers.')
     expected = expected.expand(value.shape)
     if within is None: off, allowed = _relative_difference(value, expected), tolerance
     else: off, allowed = (value - expected).abs(), within
-    allowed = _numbers(allowed).expand(value.shape)
+    allowed = _numbers('tolerance' if within is None else 'within', allowed)
+    _require_like(source, value, allowed)
+    allowed = allowed.expand(value.shape)
     ratio = off / allowed.clamp(min=1e-300)
     worst = ratio.nan_to_num(nan=math.inf).flatten().argmax()
     v, e, off, allowed = (q.flatten()[worst].item() for q in (value, expected, off, allowed))
@@ -92,13 +108,14 @@ def _at_random(left, right, rng):
     return complex(left.evalf()), complex(right.evalf())
 
 # %% ../nbs/library/02_proofs.ipynb #f7f292cf
+@typed
 def refute(left,             # a sympy expression or a number
            right,            # what a document says it equals
            source: str,      # what is refuted, e.g. 'thesis 3.8 as printed'
            at: dict = None,  # values for symbols whose assumptions say too little, e.g. one below 1
           ) -> None:         # prints the source and both values; raises AssertionError
     "Show by one point that two sides are not equal, or fail."
-    left, right = (sympy.sympify(side).subs(at or {}) for side in (left, right))
+    left, right = (_expression(*side).subs(at or {}) for side in (('left', left), ('right', right)))
     for seed in range(10):
         a, b = _at_random(left, right, random.Random(seed))
         if abs(a - b) > 1e-6 * max(abs(a), abs(b)):

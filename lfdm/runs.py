@@ -34,7 +34,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from .core import project_root, shown, typed, unknown, write_whole
+from .core import project_root, shown, sync, typed, unknown, write_whole
 from .folders import checked_name, runs_root
 from .parameters import RESULTS_VERSION, RunParameters
 from .sampling import sample
@@ -141,8 +141,10 @@ def _read_params(path) -> tuple:  # (parameters, environment, digests or None)
     if 'sha256' in record: _require_own_digest(record)
     if version != RESULTS_VERSION:
         raise ValueError(f'it was made by results version {version}, this code has {RESULTS_VERSION}')
+    if not isinstance(record['environment'], dict): raise ValueError('its environment is no dict')
     return kind_of(kind or 'points').from_record(record['parameters']), record['environment'], digests
 
+# %% ../nbs/library/95_runs.ipynb #ebb3b492
 def _require_own_digest(record):
     "Raise ValueError if a record is not the one that was written."
     digests = record['sha256']
@@ -167,6 +169,7 @@ def _read_summary(path) -> dict:
     if missing: raise ValueError(f"{', '.join(missing)} missing")
     return summary
 
+# %% ../nbs/library/95_runs.ipynb #274eeef1
 def _read_samples(path, task: Task) -> torch.Tensor:
     "The generated samples; a study may keep fewer than were drawn."
     with zipfile.ZipFile(path) as archive, archive.open('samples.npy') as file:
@@ -186,6 +189,7 @@ def _read_net(path, parameters: RunParameters) -> torch.nn.Module:
     net.load_state_dict(safetensors.torch.load_file(path))
     return net.eval()
 
+# %% ../nbs/library/95_runs.ipynb #ba783917
 def _require_shapes(path, parameters):
     "Raise ValueError unless a file holds the weights of a run's network, which is built without numbers."
     with safe_open(path, 'pt') as file:
@@ -228,6 +232,7 @@ def _nearest(folder):
     runs = [p.name for p in there if p.is_dir() and not p.name.startswith('.')]
     return unknown('run', folder.name, runs) if runs else f'There are no runs in {folder.parent}.'
 
+# %% ../nbs/library/95_runs.ipynb #63d98222
 @contextmanager
 def _permission(folder):
     "Say of which run a file may not be read."
@@ -268,19 +273,8 @@ _NO_DIGESTS = ('this run carries no digests, for it was made before records had 
                'if one of its files changed, nobody would know.')
 
 # %% ../nbs/library/95_runs.ipynb #43557e92
-def _sync(path):  # of a file, or of a folder: then its names
-    "Wait until it is on the disk, and would outlive a power cut."
-    if os.name == 'nt' and Path(path).is_dir(): return   # Windows opens no folders
-    handle = os.open(path, os.O_RDONLY)
-    try: os.fsync(handle)
-    finally: os.close(handle)
-
 def _write(path, content: bytes):
-    "Write a file whole and on the disk. A link in its place is replaced, and not written through."
-    with write_whole(path) as draft:
-        draft.unlink(missing_ok=True)
-        with draft.open('xb') as file: file.write(content)
-        _sync(draft)
+    with write_whole(path) as draft: draft.write_bytes(content)
 
 def _json(content) -> bytes: return (json.dumps(content, indent=1) + '\n').encode()
 
@@ -293,6 +287,7 @@ def _commit():
     try: return subprocess.run(command, cwd=root, capture_output=True, text=True).stdout.strip() or None
     except OSError: return None
 
+# %% ../nbs/library/95_runs.ipynb #3797f18c
 def _versions() -> dict:
     "What the numbers of a run may depend on."
     packages = {p: importlib.metadata.version(p) for p in ('torch', 'numpy')}
@@ -307,7 +302,7 @@ def write_record(work: Path,       # the work folder
                  samples,          # of the network
                  summary: dict,    # the final numbers
                  **environment):   # what is known of the training: seconds, processes, ...
-    "Write the complete record of a run into its work folder, and remove what was needed to make it."
+    "Write the complete record of a run into its work folder, then remove what was needed to make it."
     p, weights = task.parameters, {k: v.cpu().contiguous() for k, v in net.state_dict().items()}
     with io.BytesIO() as file:
         np.savez_compressed(file, samples=task.stored(samples))
@@ -320,7 +315,6 @@ def write_record(work: Path,       # the work folder
                      'results_version': RESULTS_VERSION,
                      'environment': _versions() | environment}
     _write(work / 'params.json', _json(_sealed(record, work)))
-    _sync(work)
     left = [f for f in work.iterdir() if _LEFT.fullmatch(f.name)]
     for f in sorted(left, key=lambda f: f.name == CHECKPOINT): f.unlink()   # the checkpoint last
 
@@ -344,6 +338,7 @@ def beside(folder: Path,  # of a run
     "A hidden neighbour of a run's folder."
     return folder.with_name(f'.{folder.name}.{what}')
 
+# %% ../nbs/library/95_runs.ipynb #5c948215
 def _is_complete(work: Path) -> bool:
     "Is a work folder a whole record already? Then the process was killed just before the renaming."
     if (work / CHECKPOINT).exists() or not all((work / f).is_file() for f in FILES): return False
@@ -355,6 +350,7 @@ def require_no_link(path: Path):  # that a run is about to make
     "Raise ValueError if there is a symbolic link: whoever set it may lose what it leads to."
     if path.is_symlink(): raise ValueError(f'{path} is a symbolic link: remove it. Runs write through none.')
 
+# %% ../nbs/library/95_runs.ipynb #e5512006
 @contextmanager
 def work_folder(folder: Path):  # of a run
     "A folder to make a run in. It is kept if that fails, and renamed when the run is whole."
@@ -363,7 +359,7 @@ def work_folder(folder: Path):  # of a run
     work.mkdir(exist_ok=True)
     yield work
     os.replace(work, folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 # %% ../nbs/library/95_runs.ipynb #427f4330
 @contextmanager
@@ -399,25 +395,26 @@ def advice_on_memory(task: Task):  # of the run
     except (RuntimeError, MemoryError) as e:
         short = isinstance(e, (torch.OutOfMemoryError, MemoryError)) or 'DefaultCPUAllocator' in str(e)
         if not short: raise
-        raise RuntimeError(f'out of memory on {task.parameters.device!r}: {e}. {task.advice} '
+        said = str(e).partition('\n')[0][:150]
+        raise RuntimeError(f'out of memory on {task.parameters.device!r}: {said}. {task.advice} '
                            'Nothing saved is lost: the checkpoint of the last save stays.') from e
 
 # %% ../nbs/library/95_runs.ipynb #7fbb5ac0
 def _train(task: Task,       # of the run
-              checkpoint: Path, # resumed from if it is there, and written after each epoch
-              progress,         # called as progress(phase, done, total)
-              accelerator=None, # accelerate's, for several processes; the main one alone writes
-             ) -> tuple:        # (TrainState at the end, examples per second)
+           checkpoint: Path, # resumed from if it is there, and written after each epoch
+           progress,         # called as progress(phase, done, total)
+           accelerator=None, # accelerate's, for several processes; the main one alone writes
+          ) -> tuple:        # (TrainState at the end, examples per second)
     "Train the network of a run."
     p, main = task.parameters, _is_main(accelerator)
-    loss = p.loss()
+    loss, name = p.loss(), p.slug()
     state = TrainState(task.new_network(), p.lr, p.seed, p.ema, p.clip, p.warmup, [loss.schedule])
-    if checkpoint.exists(): state.load(checkpoint)
+    if checkpoint.exists(): state.load(checkpoint, name)
     first, start = state.epoch, time.monotonic()
     saved = start
     for _ in task.fit(state, loss, progress, accelerator):   # the state itself moves
         due = state.epoch == p.epochs or time.monotonic() - saved >= task.save_every
-        if main and due: state.save(checkpoint); saved = time.monotonic()
+        if main and due: state.save(checkpoint, name); saved = time.monotonic()
     seconds, n = time.monotonic() - start, (state.epoch - first) * task.data.n_train
     return state, round(n / seconds) if n else None
 
@@ -432,6 +429,7 @@ def _finish(task: Task, work: Path, progress, accelerator=None):
                  seconds=round(time.perf_counter() - began, 1), examples_per_second=rate,
                  processes=accelerator.num_processes if accelerator else 1)
 
+# %% ../nbs/library/95_runs.ipynb #09ea50c8
 def _is_main(accelerator): return accelerator is None or accelerator.is_main_process
 
 # %% ../nbs/library/95_runs.ipynb #38f3b542
@@ -457,6 +455,7 @@ def make_run(parameters: RunParameters, # what to run
     require_same(run, parameters)
     return run
 
+# %% ../nbs/library/95_runs.ipynb #c9376ac1
 def require_accelerator(accelerator):  # what the user gave
     "Raise TypeError unless it is None or an Accelerator."
     if accelerator is not None and not hasattr(accelerator, 'is_main_process'):

@@ -15,7 +15,17 @@ from typing import NamedTuple
 
 import torch
 
-from .core import Choice, as_number, is_symbolic, maths, number
+from lfdm.core import (
+    Choice,
+    Numeric,
+    as_number,
+    checked_device,
+    formula,
+    is_symbolic,
+    maths,
+    number,
+    typed,
+)
 
 # %% ../nbs/library/10_schedules.ipynb #5ad25ae5
 class Level(NamedTuple):
@@ -35,6 +45,7 @@ class Level(NamedTuple):
         return maths(self.sigma).atan(self.sigma / self.alpha)
 
 # %% ../nbs/library/10_schedules.ipynb #06b7c743
+@typed
 def transition(s: Level,   # the cleaner level, λ_s > λ_t
                t: Level,   # the noisier level
               ) -> tuple:  # (α_{t|s}, σ²_{t|s})
@@ -44,6 +55,7 @@ def transition(s: Level,   # the cleaner level, λ_s > λ_t
     return a_ts, var_ts
 
 # %% ../nbs/library/10_schedules.ipynb #d44801cb
+@typed
 def posterior(s: Level,   # the cleaner level, to which the step goes
               t: Level,   # the noisier level, where z_t is
              ) -> tuple:  # (factor on z_t, factor on x, variance σ_Q²)
@@ -54,17 +66,20 @@ def posterior(s: Level,   # the cleaner level, to which the step goes
     return k_z, k_x, var_ts * (s.sigma / t.sigma)**2
 
 # %% ../nbs/library/10_schedules.ipynb #153df376
+@formula
 def preserving(logsnr,     # λ, a tensor or a symbol
               ) -> tuple:  # (α, σ)
     "Variance preserving scales: α² = sigmoid(λ), σ² = sigmoid(-λ); Kingma & Gao (58, 59)."
     m = maths(logsnr)
     return m.sqrt(m.sigmoid(logsnr)), m.sqrt(m.sigmoid(-logsnr))
 
+@formula
 def exploding(logsnr,     # λ, a tensor or a symbol
              ) -> tuple:  # (α, σ)
     "Variance exploding scales: α = 1, σ² = e^-λ; Kingma & Gao (63, 64)."
     return 0 * logsnr + 1, maths(logsnr).exp(-logsnr / 2)
 
+@formula
 def straight(logsnr,     # λ, a tensor or a symbol
             ) -> tuple:  # (α, σ)
     "Scales of a straight line from data to noise, α + σ = 1: α = sigmoid(λ/2), σ = sigmoid(-λ/2)."
@@ -98,6 +113,34 @@ def require_formula(schedule,  # an instance, for the message
     "Raise TypeError if t is a symbol: this schedule's path is no formula."
     if is_symbolic(t): raise TypeError(f"{schedule!r} has no formula in t.")
 
+# %% ../nbs/library/10_schedules.ipynb #15caa718
+def _require_scales(schedule):
+    "Raise ValueError if α or σ is no positive number at an end that is finite."
+    for end in ('logsnr_min', 'logsnr_max'):
+        logsnr = getattr(schedule, end)
+        alpha, sigma = (q.item() for q in schedule.scales(logsnr))
+        if math.isinf(logsnr) or 0 < alpha < math.inf and 0 < sigma < math.inf: continue
+        raise ValueError(f"{end} {logsnr:g} is more than numbers carry: the {schedule.name} schedule has "
+                         f"alpha {alpha:.3g} and sigma {sigma:.3g} there.")
+
+def _require_times(schedule):
+    "Raise ValueError if float64 has too few times for the levels: λ would be off by more than 0.01."
+    start, end = schedule._t0, schedule._t1
+    step = 2**-53 * max(abs(start), abs(end))   # to the next time
+    t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64)
+    slope = schedule.dlogsnr_at(schedule._within(t)).abs()
+    if start != end and (slope * step <= 0.01 * abs(end - start)).all(): return
+    raise ValueError(f"{schedule!r:.150} has more levels than float64 has times: they would coincide. "
+                     "Choose a smaller range of logsnr, or options nearer to their defaults.")
+
+def _loses_levels(schedule):
+    "Is λ(t) in float32, or at an end, off by more than 0.01?"
+    t = torch.linspace(0, 1, 101)
+    narrow, wide = schedule._within(t).double(), schedule._within(t.double())
+    right = wide.clone()
+    right[0], right[-1] = schedule.logsnr_max, schedule.logsnr_min
+    return not all(((q == right) | ((q - right).abs() <= 0.01)).all() for q in (narrow, wide))
+
 def _require_process(schedule):
     "Raise ValueError if there are levels only, and no process between them."
     if schedule.steps:
@@ -106,7 +149,7 @@ def _require_process(schedule):
 
 def _require_finite_process(logsnr, f, g2):
     "Raise ValueError, with the first λ, where drift or noise are not finite."
-    finite = f.isfinite() & g2.isfinite()
+    finite = f.isfinite() & g2.isfinite() | logsnr.isnan()
     if not finite.all():
         raise ValueError("the process has no finite drift and noise at "
                          f"logsnr {logsnr[~finite].flatten()[0]:.4g}. Choose a finite logsnr range.")
@@ -120,15 +163,25 @@ class Schedule(Choice):
     "A path λ = f(u), cut to [logsnr_min, logsnr_max] over t in [0, 1], times the scales (α, σ) at λ."
     steps = None      # T, if there are only T levels
     learned = False   # does it follow the loss?
+    in_float64 = _lost = False   # is λ(t) found in float64? is it so since float32 would lose levels?
     scales = staticmethod(preserving)
 
     def __init__(self,
                  logsnr_min: float = -12.9,  # λ at t = 1
                  logsnr_max: float = 12.9,   # λ at t = 0
-                ):  # raises ValueError for an empty range or one beyond the schedule's reach
+                ):  # raises ValueError for a range that is empty, or more than schedule or numbers reach
         self.logsnr_min, self.logsnr_max = _checked_range(self, logsnr_min, logsnr_max)
-        self._t0 = float(self.inverse(as_number(self.logsnr_max)))
-        self._t1 = float(self.inverse(as_number(self.logsnr_min)))
+        self._t0 = float(self.inverse(self.logsnr_max))
+        self._t1 = float(self.inverse(self.logsnr_min))
+        _require_scales(self)
+        if self.steps: return
+        _require_times(self)
+        self._lost = not self.in_float64 and _loses_levels(self)
+
+    def __init_subclass__(cls):
+        "Each schedule's path takes numbers, arrays, tensors and symbols."
+        for name in ('path', 'inverse', 'slope'):
+            if name in vars(cls): setattr(cls, name, formula(vars(cls)[name]))
 
     # the path, given by each schedule
     def path(self, u): raise NotImplementedError
@@ -137,29 +190,48 @@ class Schedule(Choice):
     def reach(self): return -math.inf, math.inf
 
     # the path, cut to its range
+    @formula
     def logsnr(self, t):
         "λ(t); Kingma & Gao (85)."
-        t = as_number(t)
+        if is_symbolic(t): return self.path(self._t0 + (self._t1 - self._t0) * t)
+        wide = (self.in_float64 or self._lost) and t.device.type != 'mps'
+        logsnr = self._within(t.double() if wide else t)
+        if self._lost:
+            for end, k in enumerate((self.logsnr_max, self.logsnr_min)): logsnr = logsnr.where(t != end, k)
+        return logsnr.to(t.dtype)
+
+    @typed
+    def version(self,
+                batch_size: int = None,  # of the training, if there is one
+               ) -> int:
+        "Of its numbers: 2 where float32 would lose levels, so that λ(t) is found in float64."
+        if batch_size is not None: number('batch_size', batch_size, low=1)
+        return 2 if self._lost else 1
+
+    def _within(self, t):
+        "λ(t), in t's dtype: rounding must not leave the range."
         logsnr = self.path(self._t0 + (self._t1 - self._t0) * t)
-        if is_symbolic(t): return logsnr
-        inside = (t >= 0) & (t <= 1)   # rounding must not leave the range
+        inside = (t >= 0) & (t <= 1)
         return torch.where(inside, logsnr.clamp(self.logsnr_min, self.logsnr_max), logsnr)
 
+    @formula
     def t(self, logsnr):
         "The time at which λ is reached; Kingma & Gao (88)."
-        return (self.inverse(as_number(logsnr)) - self._t0) / (self._t1 - self._t0)
+        return (self.inverse(logsnr) - self._t0) / (self._t1 - self._t0)
 
+    @formula
     def dlogsnr(self, t):
         "λ′(t), negative."
         return self.dlogsnr_at(self.logsnr(t))
 
+    @formula
     def dlogsnr_at(self, logsnr):
         "λ′ at the time where λ is reached, negative."
         return (self._t1 - self._t0) * self.slope(logsnr)
 
+    @formula
     def density(self, logsnr):
         "p(λ) for t ~ U(0, 1): -1/λ′ inside the range and 0 outside; Kingma & Gao (89, 90)."
-        logsnr = as_number(logsnr)
         p = -1 / self.dlogsnr_at(logsnr)
         return p if is_symbolic(logsnr) else self._inside(logsnr, p)
 
@@ -168,10 +240,12 @@ class Schedule(Choice):
         return torch.where(outside, torch.zeros_like(p), p)
 
     # with the scales
+    @formula
     def level_at(self, logsnr):
         "The noise level at λ."
         return Level(logsnr, *self.scales(logsnr))
 
+    @formula
     def level(self, t):
         "The noise level at time t: λ, α and σ."
         return self.level_at(self.logsnr(t))
@@ -185,12 +259,14 @@ class Schedule(Choice):
         return self.level(t).sigma
 
 # %% ../nbs/library/10_schedules.ipynb #73c07347
+@formula
 def cosine_path(u,  # in (0, 1)
                ):   # λ
     "λ of α = cos(πu/2), σ = sin(πu/2); thesis (3.3)."
     m = maths(u)
     return 2 * m.log(m.sin(m.pi * (1 - u) / 2) / m.sin(m.pi * u / 2))
 
+@formula
 def cosine_time(logsnr,  # λ
                ):        # u in (0, 1)
     "The u at which the cosine path reaches λ."
@@ -275,12 +351,7 @@ class ShiftedCosineSchedule(CosineSchedule):
 # %% ../nbs/library/10_schedules.ipynb #451b82b1
 class BellSchedule(Schedule):
     "λ ~ N(mean, std²); Kingma & Gao (23). Subclasses give `mean` and `std` of λ."
-
-    def logsnr(self, t):
-        "λ(t), found in float64: next to t = 1, float32 has no digits left for the far end of the bell."
-        t = as_number(t)
-        if is_symbolic(t) or t.device.type == 'mps': return super().logsnr(t)
-        return super().logsnr(t.double()).to(t.dtype)
+    in_float64 = True   # next to t = 1, float32 has no digits left for the far end of the bell
 
     def path(self, u): return self.mean - self.std * maths(u).ndtri(u)
     def inverse(self, logsnr): return maths(logsnr).ndtr((self.mean - logsnr) / self.std)
@@ -318,6 +389,9 @@ class EDMSampleSchedule(Schedule):
                 ):
         self.rho = number('rho', rho, low=0.1, high=1e6)
         require_finite(self, logsnr_min, logsnr_max)
+        if logsnr_max - logsnr_min > 1400 * self.rho:   # beyond what exp can give
+            raise ValueError(f"rho must be at least {(logsnr_max - logsnr_min) / 1400:.3g} for logsnr from "
+                             f"{logsnr_min:g} to {logsnr_max:g}, not {rho:g}.")
         super().__init__(logsnr_min, logsnr_max)
 
     def path(self, u):
@@ -374,9 +448,10 @@ SCHEDULES = {
 CONTINUOUS = tuple(SCHEDULES)   # those with a path between all levels, given by a formula
 
 # %% ../nbs/library/10_schedules.ipynb #9c6450ba
-def dlog_alpha(schedule,  # an instance
-               logsnr,    # λ, a tensor or a symbol
-              ):          # d log α/dλ, λ's shape: sigmoid(-λ)/2 if variance is preserved, 0 if it explodes
+@typed
+def dlog_alpha(schedule: Schedule,  # an instance
+               logsnr: Numeric,     # λ, a tensor or a symbol
+              ):  # d log α/dλ, λ's shape: sigmoid(-λ)/2 if variance is preserved, 0 if it explodes
     "How fast the signal grows with λ: the derivative of the schedule's own `scales`."
     log_alpha = lambda l: maths(l).log(schedule.scales(l)[0])
     if is_symbolic(logsnr):
@@ -388,9 +463,10 @@ def dlog_alpha(schedule,  # an instance
     with torch.enable_grad(): slope, = torch.autograd.grad(log_alpha(l).sum(), l)
     return slope.to(logsnr) if torch.is_tensor(logsnr) else slope
 
-def sde(schedule,   # an instance
-        t,          # times in [0, 1], a tensor or a symbol
-       ) -> tuple:  # (f, g²), t's shape; raises ValueError where they are not finite
+@typed
+def sde(schedule: Schedule,  # an instance
+        t: Numeric,          # times in [0, 1], a tensor or a symbol
+       ) -> tuple:           # (f, g²), t's shape; raises ValueError where they are not finite
     "The process dz = f z dt + g dw with the schedule's marginals; Kingma & Gao (1, 56, 57, 61)."
     _require_process(schedule)
     logsnr = schedule.logsnr(t)
@@ -401,17 +477,20 @@ def sde(schedule,   # an instance
     return f, g2
 
 # %% ../nbs/library/10_schedules.ipynb #8cea9655
+@typed
 def sample_times(n: int,                              # batch size
                  generator: torch.Generator = None,   # source of randomness; default: torch's own
                  device=None,                         # where the times go; default: the generator's device
-                 dtype: torch.dtype = torch.float32,  # of the result
+                 dtype: torch.dtype = torch.float32,  # of the result, which has at least 32 bits
                  low_discrepancy: bool = True,        # one time in each of n equal slots? else independent
                 ) -> torch.Tensor:                    # (n,), strictly inside (0, 1)
     "Times uniform on (0, 1), evenly spread over the batch."
     n = number('n', n, low=1, integer=True)
     _require_floating(dtype)
-    device = device or (generator.device if generator is not None else 'cpu')
-    wide = torch.float32 if torch.device(device).type == 'mps' else torch.float64
+    dtype = torch.promote_types(dtype, torch.float32)
+    if device is None: device = generator.device if generator is not None else 'cpu'
+    if not isinstance(device, torch.device): device = checked_device(device)
+    wide = torch.float32 if device.type == 'mps' else torch.float64
     stream = dict(generator=generator, device=device)
 
     u = torch.rand(1 if low_discrepancy else n, dtype=wide, **stream)
@@ -420,11 +499,13 @@ def sample_times(n: int,                              # batch size
     return u.to(dtype).clamp(tiny, 1 - tiny)
 
 # %% ../nbs/library/10_schedules.ipynb #29e1eb3b
+@formula
 def network_time(logsnr: torch.Tensor,  # λ
                 ) -> torch.Tensor:      # u in (0, 1)
     "The time a network is given for a noise level: the cosine time of λ."
     return cosine_time(logsnr)
 
+@formula
 def network_logsnr(u: torch.Tensor,   # the network's time, in (0, 1)
                   ) -> torch.Tensor:  # λ
     "The noise level of a network's time: the inverse of `network_time`."

@@ -82,7 +82,7 @@ DIRECTIONS = {'normal': _normal, 'sign': _sign, 'sphere': _sphere}
 
 @typed
 def probe_vectors(z: torch.Tensor,    # whose shape they have, (n, ...)
-                  kind: str = 'sign', # 'normal', random 'sign's, or uniform on the 'sphere' of radius √D
+                  kind='sign',        # 'normal', random 'sign's, or uniform on the 'sphere' of radius √D
                   generator: torch.Generator = None, # source; default: torch's own
                  ) -> torch.Tensor:   # u, z's shape; raises ValueError on an unknown kind
     "Random directions with E[uuᵀ] = I."

@@ -22,13 +22,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from joblib import Parallel, delayed
+from joblib import delayed
 
 from .core import instance, lookup, number, shown, typed, unknown, write_whole
 from .data import Dataset
 from .evaluation import judge, sliced_wasserstein
 from .folders import checked_name, place, runs_root, suffixed
-from .grids import grid, make_grid
+from .grids import grid, make_grid, side_by_side
 from .losses import DiffusionLoss
 from .parameters import RESULTS_VERSION, Parameters
 from .runs import Run, folder_of, load_run
@@ -306,7 +306,7 @@ def _in_turn(tasks, workers, progress):
     "Their results in order, each reported as it comes."
     progress('measure', 0, len(tasks))
     results = []
-    for result in Parallel(workers, return_as='generator')(tasks):
+    for result in side_by_side(tasks, workers, ordered=True):
         results.append(result)
         progress('measure', len(results), len(tasks))
     return results

@@ -14,12 +14,14 @@ import torch
 from .core import Choice, Numeric, expand, instance, is_symbolic, number, shown, typed
 
 # %% ../nbs/library/20_targets.ipynb #broadc01
-@typed
-def widened(z: Numeric, # a tensor, a number or a symbol
-           ):           # the same; a tensor of 16-bit numbers in float32
+def widened(z,  # a tensor, a number or a symbol
+           ):   # the same; a tensor of 16-bit numbers in float32
     "Numbers in at least float32: 16 bits do not tell noise levels apart."
-    narrow = torch.is_tensor(z) and z.is_floating_point() and z.element_size() < 4
-    return z.float() if narrow else z
+    if not torch.is_tensor(z) or not z.is_floating_point(): return _numbers(z)
+    return z.float() if z.element_size() < 4 else z
+
+@typed
+def _numbers(z: Numeric): return z
 
 def checked_like(formula,  # a method of a base class, with annotations
                  own,      # a subclass's, with the same names

@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'ema_decay', 'clip_gradients', 'warmed_up', 'with_precision', 'TrainState', 'train', 'checked_epochs',
-           'checked_batch_size', 'require_known_schedules', 'alike', 'stack_loss', 'train_stack']
+           'checked_batch_size', 'require_data', 'require_known_schedules', 'alike', 'train_stack']
 
 # %% ../nbs/library/70_training.ipynb #b828d5d9
 import copy
 import inspect
+import os
+import zlib
+from collections.abc import Callable
 from contextlib import contextmanager
 from itertools import groupby
 from numbers import Real
@@ -25,41 +28,50 @@ from lfdm.checkpoints import (
     training_options,
     write_checkpoint,
 )
-from .core import number, seeded, unknown
+from .core import number, seeded, shown, typed, unknown
 from .losses import DiffusionLoss, draw, predict
 from .networks import StackedMLP
-from .schedules import Level
-from .validation import ValidationSet
+from .schedules import Level, Schedule
 
 # %% ../nbs/library/70_training.ipynb #e7932eaa
+@typed
 def ema_decay(ema: float, # the decay in the end
               n: int,     # steps made before this one
-             ) -> float:  # d_n
+             ) -> float:  # d_n; raises TypeError, ValueError
     "The decay of the average at a step."
+    ema, n = number('ema', ema, 0, 1), number('n', n, 0)
     return min(ema, (1 + n) / (10 + n))
 
 # %% ../nbs/library/70_training.ipynb #5bbd4703
+@typed
 def clip_gradients(net: nn.Module,  # a network, or a stack of M; its gradients are changed in place
                    clip: float,     # the largest norm, c
-                  ) -> torch.Tensor: # the norms before: (), or (M,)
+                  ) -> torch.Tensor: # the norms before: (), or (M,); raises TypeError, ValueError
     "Shorten each network's gradient to the largest norm allowed, as torch's clip_grad_norm_ does for one."
-    if not isinstance(net, StackedMLP): return nn.utils.clip_grad_norm_(net.parameters(), clip)
-    gradients = [p.grad for p in net.parameters()]
+    clip = number('clip', clip, low=0, above=True)
+    if not _is_stack(net): return nn.utils.clip_grad_norm_(net.parameters(), clip)
+    gradients = [p.grad for p in net.parameters() if p.grad is not None]
+    if not gradients: return torch.zeros(len(net))
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
     factor = (clip / (norms + 1e-6)).clamp(max=1)   # torch's formula: a gradient of 0 stays 0
     for g in gradients: g.mul_(factor.view(-1, *[1] * (g.ndim - 1)))
     return norms
 
+def _is_stack(net): return isinstance(getattr(net, '_orig_mod', net), StackedMLP)  # compiled or not
+
 # %% ../nbs/library/70_training.ipynb #8d779abf
+@typed
 def warmed_up(n: int,      # steps made before this one
               warmup: int, # W, steps over which the rate rises
-             ) -> float:   # share of the learning rate
+             ) -> float:   # share of the learning rate; raises TypeError, ValueError
     "The factor on the learning rate at a step."
+    n, warmup = number('n', n, 0), number('warmup', warmup, 0)
     return min(1., (n + 1) / warmup) if warmup else 1.
 
 # %% ../nbs/library/70_training.ipynb #14213ecb
 PRECISIONS = ('float32', 'bf16')
 
+@typed
 def with_precision(net: nn.Module,             # network: net(z, u) -> ŷ
                    precision: str = 'float32', # one of PRECISIONS
                    compiled: bool = False,     # by torch.compile: minutes at first, so for long runs
@@ -74,6 +86,7 @@ def with_precision(net: nn.Module,             # network: net(z, u) -> ŷ
 # %% ../nbs/library/70_training.ipynb #77ae5f5f
 class TrainState:
     "A training run at the end of an epoch: everything needed to go on from there."
+    @typed
     def __init__(self,
                  net: nn.Module,      # the network or the stack, trained in place
                  lr: float = 1e-3,    # Adam's learning rate
@@ -81,20 +94,19 @@ class TrainState:
                  ema: float = None,   # decay of the average of the weights; None: no average
                  clip: float = None,  # largest norm of each network's gradient
                  warmup: int = 0,     # steps over which the learning rate rises
-                 schedules=(),        # the losses' schedules, one per network, if they learn
+                 schedules: list = (), # the losses' schedules, one per network, if they learn
                 ):                    # raises TypeError, ValueError
         require_network(net)
         device = next(net.parameters()).device
-        seeds = seed if isinstance(seed, list) else [seed]
+        seeds = _seeds(seed, net)
+        _require_schedules(schedules, len(seeds))
         self.net, self.epoch, self.steps, self.history = net, 0, 0, []
         self.options = training_options(ema, clip, warmup)
         self.lr = number('lr', lr, low=0, above=True)
         self.optimizer = torch.optim.Adam(net.parameters(), self.lr, fused=True)
         self.generators = [seeded(s, device) for s in seeds]
-        self.average = copy.deepcopy(net).requires_grad_(False) if ema is not None else None
+        self.average = _copied(net).requires_grad_(False) if ema is not None else None
         self.learning = {m: s for m, s in enumerate(schedules) if hasattr(s, 'state')}
-        if schedules and len(schedules) != len(seeds):
-            raise ValueError(f"{len(seeds)} networks need as many schedules, not {len(schedules)}.")
 
     @property
     def result(self):
@@ -104,7 +116,8 @@ class TrainState:
     def descend(self,
                 loss: torch.Tensor,  # of one batch, a scalar
                ):
-        "One step of Adam, with the options."
+        "One step of Adam, with the options. Raises TypeError, ValueError."
+        _require_scalar(loss)
         ema, clip, warmup = self.options.values()
         self.optimizer.zero_grad()
         loss.backward()
@@ -119,37 +132,76 @@ class TrainState:
         "Move the average towards the weights; what is no weight is copied."
         average, now = list(self.average.parameters()), list(self.net.parameters())
         get_ema_multi_avg_fn(decay)(average, now, None)
-        for kept, buffer in zip(self.average.buffers(), self.net.buffers()): kept.copy_(buffer)
+        _copy_buffers(self.net, self.average)
 
+    @typed
     def save(self,
-             path,             # the checkpoint's file
-             run: str = None,  # the name of the run it belongs to
+             path: str | os.PathLike, # the checkpoint's file
+             run: str = None,         # the name of the run it belongs to
             ):
         "Write the checkpoint: whole, or not at all. Raises OSError, and then the former file stays."
         write_checkpoint(path, self, run)
 
+    @typed
     def load(self,
-             path,             # the checkpoint's file
-             run: str = None,  # the name of the run that goes on
+             path: str | os.PathLike, # the checkpoint's file
+             run: str = None,         # the name of the run that goes on
             ):
         "Go back to a checkpoint. Raises ValueError if it does not fit; the state is then unchanged."
         record = read_checkpoint(path)
         require_match(record, self, run)
         restore(self, record)
 
+# %% ../nbs/library/70_training.ipynb #3aa540e1
+def _seeds(seed, net):
+    "A seed for each network. One that is no stack takes one."
+    if not isinstance(seed, list | tuple | range): return [seed]
+    if len(seed) == (len(net) if _is_stack(net) else 1): return list(seed)
+    raise ValueError(f'seed must be one number, or one for each network of a stack, not {shown(seed)}.')
+
+def _require_schedules(schedules, many):
+    "Raise unless there is one for each network, or none at all."
+    for s in schedules:
+        if not isinstance(s, Schedule): raise TypeError(f'schedules must be Schedules, not {shown(s)}.')
+    if schedules and len(schedules) != many:
+        raise ValueError(f"{many} networks need as many schedules, not {len(schedules)}.")
+
+def _copied(net):
+    "A copy of a network, for its average."
+    try: return copy.deepcopy(net)
+    except (RuntimeError, TypeError) as e:
+        raise ValueError(f'net cannot be copied, as an average (ema) needs: {str(e):.150}.') from e
+
+def _copy_buffers(source, target):
+    "Set the buffers of a network to those of another. One may be new, or have another shape than it had."
+    own = dict(target.named_buffers())
+    for name, buffer in source.named_buffers():
+        if name in own and own[name].shape == buffer.shape: own[name].copy_(buffer)
+        else:
+            module, _, last = name.rpartition('.')
+            setattr(target.get_submodule(module), last, buffer.clone())
+
+def _require_scalar(loss):
+    "Raise unless it is one number that depends on weights."
+    if not torch.is_tensor(loss): raise TypeError(f'loss must be a tensor, not {shown(loss)}.')
+    if loss.ndim or not loss.requires_grad:
+        raise ValueError(f'loss must be one number that needs a gradient, not {shown(loss)}.')
+
 # %% ../nbs/library/70_training.ipynb #a16b66e6
+@typed
 def train(state: TrainState,      # the state to go on from; changed in place
           loss: DiffusionLoss,    # the loss to minimize
           x: torch.Tensor,        # training data, shape (n, ...), on the network's device
           epochs: int = 100,      # train until this epoch
           batch_size: int = 512,  # examples per step
-          validation: ValidationSet = None, # measured before the first epoch and after each
-          prepare=None,           # prepare(rows of x, generator) -> clean data; default: the rows themselves
-          forward=None,           # how the network is computed, forward(z, u) -> ŷ; default: as it is
+          validation: Callable = None, # a ValidationSet, measured before the first epoch and after each
+          prepare: Callable = None, # prepare(rows of x, generator) -> clean data; default: the rows
+          forward: Callable = None, # how the network is computed, forward(z, u) -> ŷ; default: as it is
           accelerator=None,       # accelerate's, for several processes: each takes its share of every batch
-          progress=None,          # called as progress(examples seen, examples in all) after each step
-         ):                       # yields the state after each epoch; raises ValueError, FloatingPointError
+          progress: Callable = None, # called as progress(examples seen, examples in all) after each step
+         ):                       # yields the state after each epoch; raises as below, or FloatingPointError
     "Train one epoch at a time. The training loss is that of the weights; validation sees `state.result`."
+    require_data('x', x, state)
     require_known_schedules(state, [loss])
     epochs, batch_size = checked_epochs(epochs), checked_batch_size(batch_size, len(x))
     processes = _Processes(accelerator, state.net)
@@ -163,7 +215,7 @@ def train(state: TrainState,      # the state to go on from; changed in place
         order = torch.randperm(len(x), generator=g, device=x.device)
         for i, rows in enumerate(order.split(batch_size)):
             clean = x[rows] if prepare is None else prepare(x[rows], g)
-            with processes.dropout_masks(g):
+            with processes.own_randomness(g, state.steps):
                 value = processes.mean_loss(loss, net, clean, g)
             state.descend(value)
             total += value.detach() * len(rows)
@@ -186,6 +238,8 @@ def _measured(state, validation):
 class _Processes:
     "Several processes: all draw the same batch, times and noise, and each computes its rows of them."
     def __init__(self, accelerator, net):
+        if accelerator is not None and not hasattr(accelerator, 'process_index'):
+            raise TypeError(f"accelerator must be accelerate's Accelerator, not {shown(accelerator)}.")
         self.accelerator = accelerator
         self.rank = accelerator.process_index if accelerator else 0
         self.count = accelerator.num_processes if accelerator else 1
@@ -201,14 +255,18 @@ class _Processes:
                              f"processes. Choose another batch_size than {batch_size}.")
 
     @contextmanager
-    def dropout_masks(self, generator):
-        "For one step: dropout's random state follows from the run's, and is another in each process."
-        if not self.dropout: yield; return
+    def own_randomness(self, generator, step):
+        "For one step: the network's own random numbers follow from the run's, and differ between processes."
         device = generator.device
-        with torch.random.fork_rng([device] if device.type == 'cuda' else []):
-            seed = torch.randint(2**62, (), generator=generator, device=device).item()
-            torch.manual_seed(seed + self.rank)
-            yield
+        seed = (torch.randint(2**62, (), generator=generator, device=device).item() if self.dropout
+                else zlib.crc32(f'{generator.initial_seed()} {step}'.encode()))
+        sources = [torch.default_generator]
+        if device.type == 'cuda': sources.append(torch.cuda.default_generators[device.index])
+        before = [source.get_state() for source in sources]
+        for source in sources: source.manual_seed(seed + self.rank)
+        try: yield
+        finally:
+            for source, state in zip(sources, before): source.set_state(state)
 
     def mean_loss(self, loss, net, x, generator):
         "A batch's mean loss; of several processes, a number whose mean over them is that."
@@ -236,6 +294,18 @@ def checked_batch_size(batch_size, # examples per step
     if batch_size > n: raise ValueError(f"batch_size {batch_size} is larger than the data: {n} examples.")
     return batch_size
 
+def require_data(name,   # of the argument, for the message
+                 x,      # training data
+                 state,  # a TrainState
+                ):       # raises ValueError
+    "Refuse data that lie elsewhere than the network, that are none, or not finite."
+    device = next(state.net.parameters()).device
+    if x.device != device:
+        raise ValueError(f'{name} must lie where the network does, on {device}, not on {x.device}.')
+    if x.ndim < 2 or not len(x):
+        raise ValueError(f'{name} must hold an example or more, shape (n, ...), not shape {tuple(x.shape)}.')
+    if not x.isfinite().all(): raise ValueError(f'{name} must be finite, but has nan or infinite values.')
+
 def require_known_schedules(state,        # a TrainState
                             losses: list, # one for each of its networks
                            ):             # raises ValueError
@@ -255,16 +325,22 @@ def _finite(value):
     return all(map(_finite, value)) if isinstance(value, list) else abs(value) < float('inf')
 
 def _diverged(report, loss, lr):
-    numbers = {k: v for k, v in report.items() if not isinstance(v, list)}
+    numbers = {k: v for k, v in report.items() if k in ('train_loss', 'loss')}
     return (f"the loss is not finite in epoch {report['epoch']} ({loss!r}, lr {lr:g}): {numbers}. "
             f"Lower lr, narrow the logsnr range, or choose a weighting that stays finite there.")
 
 # %% ../nbs/library/70_training.ipynb #8218fd52
+@typed
 def alike(losses: list,  # one for each network
-         ) -> list:      # slices: runs of neighbours with the same loss
+         ) -> list:      # slices: runs of neighbours with the same loss; raises TypeError
     "Which neighbours of a stack can be computed as one loss."
+    _require_each('losses', losses, DiffusionLoss)
     groups = [list(group) for _, group in groupby(range(len(losses)), key=lambda m: _exactly(m, losses[m]))]
     return [slice(group[0], group[-1] + 1) for group in groups]
+
+def _require_each(name, values, kind):
+    for v in values:
+        if not isinstance(v, kind): raise TypeError(f'{name} must be {kind.__name__}s, not {shown(v)}.')
 
 def _exactly(m, loss):
     "The classes and exact options of a loss. One whose schedule learns is like no other."
@@ -277,22 +353,17 @@ def _options(choice):
     return type(choice), *(v if isinstance(v, (Real, str)) else id(v) for v in values)
 
 # %% ../nbs/library/70_training.ipynb #2cda6730
-def stack_loss(net: StackedMLP,    # M networks
-               losses: list,       # their losses
-               x: torch.Tensor,    # their batches, shape (M, n, D)
-               generators: list,   # their sources of times and noise
-               groups: list = None, # `alike(losses)`, if it is known
-              ) -> torch.Tensor:   # (M,): each network's mean loss
-    "The loss of each network of a stack on its own batch."
+def _stack_loss(net, losses, x, generators, groups):
+    "The mean loss of each network of a stack on its own batch: x of shape (M, n, D), groups by `alike`."
     m, n = x.shape[:2]
     flat = lambda q: q.flatten(0, 1)
     t, eps = map(torch.stack, zip(*(draw(batch, g) for batch, g in zip(x, generators))))  # (M, n), (M, n, D)
 
-    groups = [(losses[own.start], own) for own in groups or alike(losses)]
+    groups = [(losses[own.start], own) for own in groups]
     parts = [loss.noisy(flat(x[own]), flat(t[own]), flat(eps[own])) for loss, own in groups]
     z = torch.cat([z for z, _, _ in parts])
     level = Level(*map(torch.cat, zip(*(level for _, _, level in parts))))
-    y_hat = predict(lambda z, u: flat(net(z.view(x.shape), u.view(m, n))), z, level)
+    y_hat = predict(lambda z, u: flat(net(z.view(x.shape), u.view(m, n))), z, level, net.weights[0].dtype)
 
     means = []
     for (loss, _), (_, y, level), guess in zip(groups, parts, y_hat.split([len(y) for _, y, _ in parts])):
@@ -302,15 +373,16 @@ def stack_loss(net: StackedMLP,    # M networks
     return torch.cat(means)
 
 # %% ../nbs/library/70_training.ipynb #f1c12cd5
+@typed
 def train_stack(state: TrainState,      # of a StackedMLP, with one seed per network; changed in place
                 losses: list,           # one loss per network; the same ones side by side are faster
                 data: list,             # one tensor of training data per network, all of one shape (n, D)
                 epochs: int = 100,      # train until this epoch
                 batch_size: int = 512,  # examples per step and network
                 validations: list = None, # one ValidationSet per network
-               ):                       # yields the state after each epoch; a list of reports each
+               ):                       # yields the state after each epoch; raises as `train` does
     "Train the networks of a stack side by side. One that diverges is reported so; the others go on."
-    _require_one_each(state, losses, data)
+    data = _require_one_each(state, losses, data, validations)
     require_known_schedules(state, losses)
     epochs, batch_size = checked_epochs(epochs), checked_batch_size(batch_size, len(data[0]))
     groups, n, device = alike(losses), len(data[0]), data[0].device
@@ -322,7 +394,7 @@ def train_stack(state: TrainState,      # of a StackedMLP, with one seed per net
         orders = [torch.randperm(n, generator=g, device=device) for g in state.generators]
         shuffled = torch.stack([x[order] for x, order in zip(data, orders)])
         for x in shuffled.split(batch_size, 1):
-            values = stack_loss(state.net, losses, x, state.generators, groups)
+            values = _stack_loss(state.net, losses, x, state.generators, groups)
             state.descend(values.sum())
             total += values.detach() * x.shape[1]
         state.epoch += 1
@@ -339,10 +411,22 @@ def _each_measured(state, validations):
     if not validations: return [{} for _ in state.generators]
     return [validation(state.result.alone(m)) for m, validation in enumerate(validations)]
 
-def _require_one_each(state, losses, data):
-    "Raise ValueError unless each network of a stack has its loss, data of the common shape, and seed."
-    shapes = [tuple(x.shape) for x in data]
-    if len(set(shapes)) != 1: raise ValueError(f"the data of a stack must have one shape, not {shapes}.")
-    if not len(state.net) == len(losses) == len(data) == len(state.generators):
-        raise ValueError(f"{len(state.net)} networks need as many losses, data and seeds, "
+def _require_one_each(state, losses, data, validations):
+    "The data, if each network of a stack has its own, a loss and a seed; raises TypeError, ValueError."
+    if not _is_stack(state.net): raise TypeError(f'state must be of a StackedMLP, not {shown(state.net)}.')
+    _require_each('losses', losses, DiffusionLoss)
+    data, many = [_tensor(x) for x in data], len(state.net)
+    if not many == len(losses) == len(data) == len(state.generators):
+        raise ValueError(f"{many} networks need as many losses, data and seeds, "
                          f"not {len(losses)}, {len(data)} and {len(state.generators)}.")
+    if validations and len(validations) != many:
+        raise ValueError(f'{many} networks need as many validations, not {len(validations)}.')
+    for v in validations or ():
+        if not callable(v): raise TypeError(f'validations must be ValidationSets, not {shown(v)}.')
+    for x in data: require_data('data', x, state)
+    shapes = {tuple(x.shape) for x in data}
+    if len(shapes) != 1: raise ValueError(f'the data of a stack must have one shape, not {shown(shapes)}.')
+    return data
+
+@typed
+def _tensor(data: torch.Tensor): return data

@@ -6,28 +6,31 @@
 __all__ = ['ValidationSet']
 
 # %% ../nbs/library/65_validation.ipynb #e6fc97b4
+from collections.abc import Callable
+
 import torch
 
-from .core import expand, number, seeded
+from .core import expand, number, seeded, typed
 from .losses import DiffusionLoss, predict
 from .schedules import Level
 
 # %% ../nbs/library/65_validation.ipynb #d874c7eb
 class ValidationSet:
     "Fixed (x, ε, t), spread evenly over λ: the loss, its curve over λ, and the excess over the best."
+    @typed
     def __init__(self,
-                 loss: DiffusionLoss,  # the loss to measure; its range of λ must be finite
-                 x: torch.Tensor,      # clean data, shape (n, ...)
-                 bins: int = 20,       # number of equal bins of λ
-                 seed: int = 0,        # of ε and t
-                 denoise=None,         # exact E[x given z] as denoise(z, alpha, sigma), if known
-                 others=(),            # further weightings of the same error to report, by name
-                 chunk: int = None,    # examples that the network sees at a time; default: all
-                ):
+                 loss: DiffusionLoss,     # the loss to measure; its range of λ must be finite
+                 x: torch.Tensor,         # clean data, shape (n, ...), at least two examples
+                 bins: int = 20,          # number of equal bins of λ
+                 seed: int = 0,           # of ε and t
+                 denoise: Callable = None, # exact E[x given z] as denoise(z, alpha, sigma), if known
+                 others: list = (),       # further weightings of the same error to report, by name
+                 chunk: int = None,       # examples that the network sees at a time; default: all
+                ):                        # raises TypeError, ValueError
+        _require_examples(x)
         n, generator = len(x), seeded(seed)
         _require_finite_range(loss.schedule)
-        self.loss = loss
-        self.others = {weighting: loss.beside(weighting) for weighting in others}
+        self.loss, self.others = loss, _beside(loss, others)
         self.bins = number('bins', bins, low=1, high=n, integer=True)
         self.chunk = n if chunk is None else number('chunk', chunk, low=1, integer=True)
 
@@ -39,15 +42,17 @@ class ValidationSet:
         bin_of = ((self.drawn_logsnr - low) / self.width).long()
         self.bin_of = bin_of.clamp(max=self.bins - 1).to(x.device)
 
-        eps = torch.randn(x.shape, generator=generator).to(x)
-        level = Level(*(q.to(x) for q in loss.schedule.level_at(self.drawn_logsnr)))
+        as_x = dict(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        eps = torch.randn(x.shape, generator=generator).to(**as_x)
+        level = Level(*(q.to(**as_x) for q in loss.schedule.level_at(self.drawn_logsnr)))
         self.z, self.y, self.level = loss.noisy_at(x, level, eps)
         self.best = None if denoise is None else self._best_answer(denoise)
 
     @torch.no_grad()
+    @typed
     def __call__(self,
-                 net,        # network: net(z, u) -> ŷ
-                 ) -> dict:  # loss, loss_se, loss_per_logsnr; excess, ...; nelbo_loss, nelbo_excess, ...
+                 net: Callable, # network: net(z, u) -> ŷ
+                 ) -> dict:     # loss, loss_se, loss_per_logsnr; excess, ...; nelbo_loss, nelbo_excess, ...
         "The loss on the fixed set, with standard errors (upper bounds: strata make the true ones smaller)."
         y_hat, report = self._prediction(net), {}
         for name, y in {'loss': self.y, 'excess': self.best}.items():
@@ -84,6 +89,17 @@ class ValidationSet:
                 f'{name}_per_logsnr': (per_bin / self.width).tolist()}
 
 # %% ../nbs/library/65_validation.ipynb #39d93ab0
+def _require_examples(x):
+    "Raise ValueError unless there are two examples or more, all of them finite."
+    if x.ndim < 2 or len(x) < 2:
+        raise ValueError(f'x must hold two examples or more, shape (n, ...), not shape {tuple(x.shape)}.')
+    if x.is_meta or not x.isfinite().all(): raise ValueError('x must be finite, without nan.')
+
+def _beside(loss, others):
+    "The loss under each of the other weightings."
+    try: return {weighting: loss.beside(weighting) for weighting in others}
+    except (TypeError, ValueError) as e: raise type(e)(f'others: {e}'[:300]) from e
+
 def _require_finite_range(schedule):
     "Raise ValueError if λ has no end."
     if not schedule.logsnr_max - schedule.logsnr_min < float('inf'):

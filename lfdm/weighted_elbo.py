@@ -284,6 +284,13 @@ def _plane(q, p, alpha, sigma, fine, most=4_000_000):
     axes = [torch.linspace(a, b, n, dtype=torch.float64) for a, b, n in zip(low, high, sizes)]
     return torch.cartesian_prod(*axes), math.prod((a[1] - a[0]).item() for a in axes)
 
+def _masses(q, p, alpha, sigma, fine):
+    "(points, noisy q's mass at each, log of its ratio to noisy p) on a grid in the plane."
+    z, cell = _plane(q, p, alpha, sigma, fine)
+    log_q = q.log_prob_at(z, alpha, sigma)
+    z, log_q = z[log_q > -60], log_q[log_q > -60]   # q weighs all: where it is nothing, p does not matter
+    return z, log_q.exp() * cell, log_q - p.log_prob_at(z, alpha, sigma)
+
 # %% ../nbs/library/87_weighted_elbo.ipynb #e1e37a01
 @typed
 def kl_and_fisher(q: GaussianMixture, # in two dimensions
@@ -296,10 +303,6 @@ def kl_and_fisher(q: GaussianMixture, # in two dimensions
     if q.dim != 2 or p.dim != 2:
         raise ValueError(f'the plane has two dimensions, the sets q and p have {q.dim} and {p.dim}.')
     alpha, sigma = number('alpha', alpha, low=0, high=1e6), number('sigma', sigma, low=0, high=1e6)
-    z, cell = _plane(q, p, alpha, sigma, number('fine', fine, low=1, high=20))
-    log_q = q.log_prob_at(z, alpha, sigma)
-    z, log_q = z[log_q > -60], log_q[log_q > -60]   # q weighs all: where it is nothing, p does not matter
-    mass = log_q.exp() * cell
-    log_ratio = log_q - p.log_prob_at(z, alpha, sigma)
+    z, mass, log_ratio = _masses(q, p, alpha, sigma, number('fine', fine, low=1, high=20))
     gap = q.score(z, alpha, sigma) - p.score(z, alpha, sigma)
     return (mass @ log_ratio).item(), (mass @ gap.square().sum(1)).item()

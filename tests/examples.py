@@ -1,4 +1,6 @@
 """A valid example of each argument of each public function, for the sweep of sweep.py."""
+import itertools
+
 import numpy as np
 import PIL.Image
 import torch
@@ -28,7 +30,7 @@ from lfdm.targets import Eps
 LEFT = {
     **dict.fromkeys(["name_in", "choice_in", "whole_number", "rowwise"], "makes a door or a method"),
     **dict.fromkeys(["write_record", "locked", "work_folder", "beside", "Run"], "a part of make_run"),
-    **dict.fromkeys(["train_stacked", "sample_stacked"], "a part of make_grid"),
+    **dict.fromkeys(["train_stacked", "sample_stacked", "side_by_side"], "a part of make_grid"),
     **dict.fromkeys(["DownBlock", "UpBlock", "MidBlock", "ResBlock", "AttentionBlock"], "a part of UNet"),
     **dict.fromkeys(
         [
@@ -62,6 +64,22 @@ LEFT = {
     **dict.fromkeys(["inception", "inception_file", "fid", "CIFAR10"], "needs files that are not here"),
     "mixture_sum": "the inner sum of GaussianMixture",
 }
+
+# What looks wrong and is right here: (function, argument, kind).
+RIGHT = {
+    ("Record", "settings", "a dict"),
+    ("mean_sd", "form", "no word"),
+    ("ScoreMatchingLoss", "levels", "3"),
+    ("table", "head", "a list of nothing"),
+    ("table", "head", "a list of words"),
+    *itertools.product(
+        ["TrainState.save", "TrainState.load", "write_checkpoint", "require_match"],
+        ["run"],
+        ["a word", "no word"],
+    ),  # a run's name
+    ("content_digest", "metadata", "a dict"),
+    ("parameters_from", "namespace", "a dict"),
+}  # the message names the parameter in it
 
 # Defaults that would take long: the example instead.
 LONG = {"steps", "points", "draws", "projections", "n", "repeats", "epochs", "batch_size", "real", "T", "k",
@@ -306,9 +324,13 @@ def examples(folder):
         stack_loss=on_stack | dict(x=randn(2, 3, 2)),
         ValidationSet=dict(x=randn(40, 2)),
         train_stack=dict(state=New(lambda: training.TrainState(new_stack(), seed=[0, 1]))),
+        content_digest=dict(tensors=dict(a=torch.ones(2)), metadata=dict(a="b")),
+        write_checkpoint=dict(run="a run"),
+        require_match=dict(run="a run"),
         read_checkpoint=dict(path=checkpoint),
         restore=dict(record=New(lambda: checkpoints.read_checkpoint(checkpoint))),
-        TrainState=dict(ema=None, clip=None), Parameters=dict(dataset="ring"),
+        TrainState=dict(ema=None, clip=None),
+        Parameters=dict(dataset="ring"),
         kind_of=dict(name="points"),
         schedule_named=dict(name="cosine"),
         stacks_of=dict(parameters=[p]),
@@ -324,16 +346,18 @@ def examples(folder):
         learned_score=dict(logsnr=0.5),
         sample_quality=dict(levels=("cosine", -9.0, 9.0)),
         **{
-            "AdaptiveSchedule.load_state": dict(state=adaptive.AdaptiveSchedule(-9., 9.).state()),
+            "AdaptiveSchedule.load_state": dict(state=adaptive.AdaptiveSchedule(-9.0, 9.0).state()),
             "PointsTask.restored": dict(array=np.zeros((3, 2))),
             "ImageTask.restored": dict(array=np.zeros((3, 1, 16, 16), np.uint8)),
             "Record.values": dict(name="a"),
-            "TrainState.load": dict(path=checkpoint),
+            "TrainState.load": dict(path=checkpoint, run=None),
+            "TrainState.save": dict(run="a run"),
             ".factor": dict(schedule=cosine, target=Eps()),
             ".eps_factor": dict(schedule=cosine, target=Eps()),
             "DDPMVLB.eps_factor": dict(schedule=chain, target=Eps()),
             ".bits_per_dim": dict(images=bytes_8),
             "Templates.log_prob": dict(images=bytes_8),
+            "ImageTask.stored": dict(samples=bytes_8),
             "Templates.denoise": dict(z=randn(3, 1, 8, 8)),
             "Templates.log_prob_at": dict(z=randn(3, 1, 8, 8)),
         },
@@ -356,7 +380,10 @@ def examples(folder):
         image_set=dict(name="digits", path=None),
         content_of=dict(images=digits),
         judge_images=on_digits | dict(images=digits),
-        ImageParameters=dict(dataset="digits"),
+        P2=dict(k=1.0),
+        Sigmoid=dict(k=2.0),
+        floor=dict(points=201),
+        ImageParameters=dict(dataset="digits", path=None, ema=None, clip=None),
         image_table=dict(run=images_run),
         ImageTask=dict(parameters=images),
         mirrored=dict(x=randn(3, 1, 4, 4)),

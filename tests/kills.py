@@ -1,6 +1,7 @@
 """Kills runs and grids at random moments, makes them to their end, and counts.
 
-    python tests/kills.py 40    # half of them single runs, half grids of two workers; a quarter of an hour
+    python tests/kills.py 40      # half of them single runs, half grids of two workers; a quarter of an hour
+    python tests/kills.py 40 1    # at other moments
 
 A process is killed by SIGKILL, SIGTERM or SIGINT. What it began is then made to its end by another one. It
 has to be bit-identical to what was never disturbed, and the killed process may leave none behind.
@@ -52,8 +53,8 @@ def alive(group):
     return True
 
 
-def ended(group, seconds=10):
-    "Have all of a group ended by themselves? Those that have not are ended here."
+def ended(group, seconds=60):
+    "Have all of a group ended by themselves? A worker that is still importing ends when it has; others here."
     for _ in range(10 * seconds):
         if not alive(group): return True
         time.sleep(.1)
@@ -102,4 +103,4 @@ def main(kills, seed=0):
     print(dict(counts))
 
 
-if __name__ == "__main__": main(int(sys.argv[1]))
+if __name__ == "__main__": main(*map(int, sys.argv[1:]))

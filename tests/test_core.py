@@ -17,6 +17,7 @@ from lfdm.core import (
     checked_device,
     checked_seed,
     expand,
+    formula,
     from_spec,
     instance,
     is_symbolic,
@@ -29,7 +30,7 @@ from lfdm.core import (
     unknown,
     write_whole,
 )
-from lfdm.schedules import SCHEDULES, Schedule
+from lfdm.schedules import SCHEDULES, Level, Schedule
 from lfdm.targets import TARGETS
 from lfdm.weightings import WEIGHTINGS
 from pinned import choices
@@ -74,10 +75,10 @@ def test_instance_takes_a_name_a_class_or_an_instance():
     for choice in ('child', Child): assert type(instance(REGISTRY, choice, 'thing', Base)) is Child
 
 
-@pytest.mark.parametrize('bad', [None, 3., dict, ['child'], {}, torch.zeros(1), b'child'], ids=repr)
-def test_instance_refuses_everything_else(bad):
-    with pytest.raises(TypeError, match="thing must be a name .'child', 'base'. or a Base, not"):
-        instance(REGISTRY, bad, 'thing', Base)
+def test_instance_refuses_everything_else():
+    for bad in (None, 3., dict, ['child'], {}, torch.zeros(1), b'child'):
+        with pytest.raises(TypeError, match="thing must be a name .'child', 'base'. or a Base, not"):
+            instance(REGISTRY, bad, 'thing', Base)
 
 
 # ---- choices with options
@@ -105,24 +106,16 @@ def test_no_digit_is_lost(k):
     assert from_spec(WEIGHTINGS, spec(WEIGHTINGS['sigmoid'](k)), 'weighting').k == k
 
 
-def test_infinity_is_a_word():
-    made = from_spec(SCHEDULES, 'cosine(-inf, inf)', 'schedule')
-    assert spec(made) == 'cosine(logsnr_min=-inf, logsnr_max=inf)'
-
-
 HOSTILE = [
-    '__import__("os")', '__import__("os").system("touch hacked")', 'cosine(__import__("os"))',
-    'cosine(shift=open("hacked", "w"))', 'cosine.__class__()', 'cosine().__init__', '(lambda: 1)()',
-    'cosine(lambda: 1)', 'cosine([1, 2])', 'cosine(*[1, 2])', 'cosine(**{"logsnr_min": 1})',
-    'cosine(-5, logsnr_min=-4)', 'cosine(logsnr_min=-5, logsnr_min=-4)', 'cosine(1, 2, 3)', 'cosine(1 + 1)',
-    'cosine(-1 if 1 else 2)', 'cosine(5, -5)', 'cosine("a")', 'cosine(-"a")', 'cosine(a)', 'cosine(True)',
+    '__import__("os").system("touch hacked")', 'cosine(shift=open("hacked", "w"))', 'cosine.__class__()',
+    'cosine().__init__', '(lambda: 1)()', 'cosine(lambda: 1)', 'cosine([1, 2])', 'cosine(*[1, 2])',
+    'cosine(**{"logsnr_min": 1})', 'cosine(-5, logsnr_min=-4)', 'cosine(logsnr_min=-5, logsnr_min=-4)',
+    'cosine(1 + 1)', 'cosine(-1 if 1 else 2)', 'cosine(5, -5)', 'cosine("a")', 'cosine(-"a")', 'cosine(True)',
     'cosine(None)', 'cosine(1j)', 'cosine(nan)', 'cosine(b"1")', 'cosine(f"{1}")', 'cosine(logsnr_min=x:=1)',
     'cosine(', 'cosine)', 'cosine()()', 'cosine() ; 1', 'cosine\n(1)()', 'cosine(10**400)',
-    f'cosine({"9" * 1000})', f'cosine({"9" * 9000})', '', ' ', '()', '\x00', 'cosine(\x00)', '\ud800',
-    'соsine', '余弦(1)', 'cosine(' * 5000, '(' * 10_000, '-' * 100_000 + '1', 'cosine(' + '-' * 5000 + '1)',
-    'discrete(schedule=' * 60 + 'cosine' + ')' * 60, 'discrete(schedule=discrete)',
-    'adaptive(schedule=cosine)', 'linear(shift=1)', 'ｃｏｓｉｎｅ(1, 2, 3)', 'cosine' * 10_000,
-    'cosine(' + '1,' * 10_000 + ')']
+    f'cosine({"9" * 9000})', '', ' ', '()', '\x00', 'cosine(\x00)', '\ud800', 'соsine', '余弦(1)',
+    'cosine(' * 5000, '(' * 10_000, '-' * 100_000 + '1', 'cosine(' + '-' * 5000 + '1)',
+    'discrete(schedule=' * 60 + 'cosine' + ')' * 60, 'discrete(schedule=discrete)', 'cosine' * 10_000]
 HOSTILE_WEIGHTS = [
     "sigmoid(k=__import__('os'))", 'implied(schedule=__import__("os"))',
     'implied(weighting=implied(weighting=eval("1")))', 'implied(adaptive, eps, min_snr)']
@@ -134,13 +127,6 @@ def test_hostile_texts_are_an_error_and_never_run(tmp_path, monkeypatch):
         for text in texts:
             with pytest.raises(ValueError, match='.'): from_spec(REGISTRIES[kind], text, kind)
     assert not list(tmp_path.iterdir())
-
-
-@few
-@given(st.one_of(st.text(max_size=30), st.text('abcosine(),=-.019_', max_size=30).map('cosine({})'.format)))
-def test_any_text_is_a_choice_or_a_value_error(text):
-    try: assert isinstance(from_spec(SCHEDULES, text, 'schedule'), Schedule)
-    except ValueError: pass
 
 
 @pytest.mark.parametrize('kind, text, says', [
@@ -175,27 +161,20 @@ def test_bounds_are_told(bound, says):
     with pytest.raises(ValueError, match=says): number('p', -3, **bound)
 
 
-NO_NUMBER = [True, None, '1', 'true', [1], 1j, {}, torch.tensor(1.), np.ones(2), np.bool_(True)]
+NO_NUMBER = [True, None, '1', [1], 1j, {}, torch.tensor(1.), np.ones(2), np.bool_(True)]
+NOT_WHOLE = [2.5, math.inf, -math.inf, math.nan, 1e3 + 1e-10]
 
 
-@pytest.mark.parametrize('bad', NO_NUMBER, ids=repr)
-@pytest.mark.parametrize('integer', [False, True])
-def test_number_refuses_what_is_no_number(bad, integer):
-    with pytest.raises(TypeError, match='^epochs must be'): number('epochs', bad, integer=integer)
-
-
-@pytest.mark.parametrize('bad', [2.5, math.inf, -math.inf, math.nan, 1e3 + 1e-10])
-def test_whole_numbers(bad):
-    with pytest.raises(ValueError, match='^n must be a whole number'): number('n', bad, integer=True)
-    if bad != bad:
-        with pytest.raises(ValueError, match='^n must be a number, not nan'): number('n', bad)
-
-
-@pytest.mark.parametrize('kind', [dict(integer=True), dict(), dict(high=5)], ids=str)
-def test_a_huge_integer_is_a_clear_error(kind):
-    "float(10**400) overflows"
-    with pytest.raises(ValueError, match='^n must be .*of a reasonable size, not one of 1329 bits'):
-        number('n', 10**400, **kind)
+def test_number_refuses_what_is_no_number():
+    for bad in NO_NUMBER:
+        for whole in (False, True):
+            with pytest.raises(TypeError, match='^epochs must be'): number('epochs', bad, integer=whole)
+    for bad in NOT_WHOLE:
+        with pytest.raises(ValueError, match='^n must be a whole number'): number('n', bad, integer=True)
+    with pytest.raises(ValueError, match='^n must be a number, not nan'): number('n', math.nan)
+    for whole in (False, True):   # float(10**400) overflows
+        with pytest.raises(ValueError, match='of a reasonable size, not one of 1329 bits'):
+            number('n', 10**400, integer=whole)
 
 
 @pytest.mark.parametrize('value', [2., np.float32(2), np.int64(2), Fraction(2)], ids=repr)
@@ -262,21 +241,35 @@ def test_the_stable_forms_are_stable():
     assert m.softplus(x.float()).dtype == torch.float32 and m.expm1(torch.tensor(1e-20)) > 0
 
 
-@pytest.mark.parametrize('value', [1, 0.5, np.float32(0.5), [0.1, 0.2], np.array([0.1])], ids=repr)
-def test_plain_numbers_become_float64(value): assert as_number(value).dtype == torch.float64
-
-
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_tensors_keep_their_dtype(dtype): assert as_number(torch.ones(2, dtype=dtype)).dtype == dtype
-
-
 NO_FLOATS = [torch.tensor(True), torch.tensor(1j), '0.5', 'a', None, True, 1j, [None], {}]
 
 
-@pytest.mark.parametrize('bad', NO_FLOATS, ids=repr)
-def test_what_is_no_floating_point_number_is_refused(bad):
-    with pytest.raises(TypeError, match='^logsnr must ') as e: as_number(bad, 'logsnr')
-    assert (str(bad.dtype) if torch.is_tensor(bad) else repr(bad)) in str(e.value)
+def test_numbers_become_tensors():
+    for value in (1, 0.5, np.float32(0.5), [0.1, 0.2], np.array([0.1]), [1, 2], np.array([1])):
+        assert torch.equal(as_number(value), torch.tensor(value, dtype=torch.float64))
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        assert as_number(torch.ones(2, dtype=dtype)).dtype == dtype
+    for bad in NO_FLOATS:
+        with pytest.raises(TypeError, match='^logsnr must '): as_number(bad, 'logsnr')
+    with pytest.raises(ValueError, match='^logsnr must .*meta'): as_number(torch.ones(2).to('meta'), 'logsnr')
+
+
+def test_a_formula_takes_any_number_and_computes_nothing_in_16_bits():
+    seen = []
+
+    class Curve:
+        @formula
+        def at(self, t):
+            seen.append(t.dtype)
+            return t * 2, Level(t, t, t)
+
+    half = torch.tensor([0.5], dtype=torch.float16)
+    for double, level in (Curve().at(half), Curve().at(t=half)):
+        assert double.dtype == level.alpha.dtype == half.dtype and type(level) is Level
+    assert Curve().at(1)[0] == 2 and seen == [torch.float32] * 2 + [torch.float64]
+    for wrong in ((), (1, 2)):
+        with pytest.raises(TypeError, match='argument'): Curve().at(*wrong)
+    with pytest.raises(TypeError, match='unexpected'): Curve().at(u=1)
 
 
 def test_symbols_stay_symbols():

@@ -1,5 +1,6 @@
 "Attempts to break lfdm.data. What is right in the normal case is checked in nbs/library/50_data.ipynb."
 import math
+import time
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from gaussians import f64, randn
-from lfdm.data import DATASETS, Dataset, GaussianMixture, NoDensity
+from lfdm.data import DATASETS, Dataset, GaussianMixture, NoDensity, Ring
 
 f32, close = torch.float32, torch.testing.assert_close
 SETS = {name: make() for name, make in DATASETS.items()}
@@ -102,6 +103,15 @@ def test_table_reaches_as_far_as_narrow_components_need():
         assert d.eps_floor(logsnr).item() == pytest.approx(direct, rel=tolerance)
 
 
+def test_far_components_are_two_gaussians():
+    "a long grid leaves out what lies between them; where no noise joins them the forms are closed"
+    d, l = GaussianMixture([[0.], [1e6]], 1.), torch.tensor([20., 25., 30., 35.], dtype=f64)
+    s, started = d.stds[0, 0], time.process_time()
+    close(d.mmse(l), s**2 / (1 + l.exp() * s**2), rtol=1e-6, atol=0)
+    assert time.process_time() - started < 10
+    assert d.entropy() == pytest.approx(math.log(2) + math.log(2 * math.pi * math.e) / 2 + s.log().item())
+
+
 @pytest.mark.parametrize('dim', [1, 3])
 def test_other_dimensions(dim):
     "one Gaussian has closed forms in any dimension; in three the grid must still fit"
@@ -143,15 +153,21 @@ TWO = [[0., 0.], [1., 1.]]
         ((5, 0, 'tset'), "Did you mean 'test'"))),
     *((GaussianMixture, args, words) for args, words in (
         *(((TWO, std), 'std must be finite and greater than 0') for std in (0., -1., math.nan)),
-        (([[math.inf, 0.]], 1.), 'means must be finite'), (([0., 0.], 1.), 'K, D'), (([], 1.), 'K, D'),
+        (([[math.inf, 0.]], 1.), 'means must be finite'), ((TWO, 1e300), 'std'), ((TWO, 1e-300), 'std'),
+        (([0., 0.], 1.), 'K, D'), (([], 1.), 'K, D'),
         ((TWO, [1.] * 3), 'std must be a number'), ((TWO, torch.ones(2, 3)), 'std'),
         *(((TWO, 1., weights), 'weights') for weights in ([1.], [1., -1.], [0., 0.])))),
     (THREE.mmse, (math.nan,), 'logsnr'), (THREE.eps_floor, (torch.tensor([0., math.nan]),), 'logsnr'),
-    (THREE.entropy, (0., 0.), 'both be 0'), (GaussianMixture(TWO, 1e-7).entropy, (), 'need a grid'),
+    (THREE.entropy, (0., 0.), 'both be 0'), (THREE.entropy, (1., 0., .1), 'fine must be from 2'),
+    (GaussianMixture(TWO, 1e-12).entropy, (), 'need a grid'),
+    (GaussianMixture(torch.zeros(1, 1000), 1.).entropy, (), 'in 1000 dimensions need a grid'),
+    (SETS['ring'].sample, (3, 0, 'train', torch.int64), 'dtype must be floating'),
+    (Ring, (math.inf,), 'distance'),
     (Flat().sample, (3,), "draw of data set 'flat'"), (Dataset().sample, (3,), 'draw')],
     ids=lambda v: getattr(v, '__name__', str(v)[:30]))
 def test_what_is_refused(f, args, words):
-    with pytest.raises((ValueError, TypeError, NotImplementedError), match=words): f(*args)
+    with pytest.raises((ValueError, TypeError, NotImplementedError), match=words) as e: f(*args)
+    assert len(str(e.value)) <= 300
 
 
 Z = torch.zeros(4, 2)

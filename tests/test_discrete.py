@@ -1,5 +1,6 @@
 "Chains of T levels: any schedule seen at T times, and DDPM's own."
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from lfdm.adaptive import AdaptiveSchedule
-from lfdm.discrete import DDPMSchedule, DiscreteSchedule
+from lfdm.discrete import DDPMSchedule, DiscreteSchedule, Staircase
 from lfdm.schedules import CONTINUOUS, sde
 
 f32, f64 = torch.float32, torch.float64
@@ -21,12 +22,12 @@ def test_a_time_i_over_T_finds_level_i(T):
     "in spite of rounding, in float32 too; and no time above 0 is at level 0, which no loss knows"
     s, i = DiscreteSchedule(-9, 9, T=T), torch.arange(T + 1)
     for dtype in (f32, f64):
-        assert torch.equal(s.index(i.to(dtype) / T), i)
+        assert torch.equal(s._index(i.to(dtype) / T), i)
         smallest = torch.tensor([0., torch.finfo(dtype).tiny, torch.finfo(dtype).eps / 2], dtype=dtype)
-        assert s.index(smallest).tolist() == [0, 1, 1]
+        assert s._index(smallest).tolist() == [0, 1, 1]
         # beyond 10^5, float32 has too few digits for that many levels
-        if T <= 10**5: assert torch.equal(s.cell(s.logsnr(i[1:].to(dtype) / T)), i[1:])
-    assert torch.equal(s.index((i[1:].double() - 0.5) / T), i[1:])
+        if T <= 10**5: assert torch.equal(s._cell(s.logsnr(i[1:].to(dtype) / T)), i[1:])
+    assert torch.equal(s._index((i[1:].double() - 0.5) / T), i[1:])
 
 
 @pytest.mark.parametrize("inner", [*CONTINUOUS, "shifted_cosine(shift=-1)", "linear(-5, 6)"])
@@ -47,6 +48,7 @@ def test_a_schedule_seen_at_T_times(inner):
     close(s.jump(levels), s.before(levels) - levels)
 
 
+@pytest.mark.filterwarnings("ignore:the chain of T")
 @few
 @given(st.integers(1, 60), st.floats(1e-4, 0.5), st.floats(0, 0.49))
 def test_ddpm_is_the_plain_product(T, beta_min, more):
@@ -79,7 +81,7 @@ def test_the_betas_of_chains_are_those_that_other_code_writes():
     (DiscreteSchedule, dict(schedule=None), "schedule must be"),
     (DiscreteSchedule, dict(logsnr_min=5, logsnr_max=-5), "logsnr_min must be below"),
     (DiscreteSchedule, dict(logsnr_min=0, logsnr_max=1e-12, T=10**5), "levels of 'discrete' do not fall"),
-    (DDPMSchedule, dict(logsnr_min=-12), "cannot end at -12"),
+    (DDPMSchedule, dict(logsnr_min=-12), "cannot end at logsnr_min -12"),
     (DDPMSchedule, dict(logsnr_max=5), "above the first level"),
     (DDPMSchedule, dict(beta="scaled-linear"), "Did you mean 'scaled_linear'"),
     *((DDPMSchedule, dict(beta_min=b), "beta_min must be") for b in (0, "1")),
@@ -87,6 +89,28 @@ def test_the_betas_of_chains_are_those_that_other_code_writes():
     (DDPMSchedule, dict(beta_min=0.1, beta_max=0.01), "beta_max must be")], ids=str)
 def test_chains_that_cannot_be(cls, bad, text):
     with pytest.raises((TypeError, ValueError), match=text): cls(**bad)
+
+
+@pytest.mark.parametrize("s", [DiscreteSchedule(T=7), DDPMSchedule(T=500)], ids=lambda s: s.name)
+def test_nan_is_at_no_level(s):
+    nan = torch.tensor([math.nan, 0.5])
+    for f in (s.logsnr, s.alpha, s.dlogsnr, s.t, s.density, s.dlogsnr_at, s.before, s.jump):
+        assert f(math.nan).isnan() and f(nan).isnan().tolist() == [True, False], f
+    assert all(q.isnan() for q in (*s.level(math.nan), *s.level_at(math.nan)))
+
+
+def test_a_chain_that_ends_in_signal_warns():
+    for T, says in ((10, "T = 10 steps ends at logsnr 2.24, with 3.1 times"), (50, "at logsnr 0.42")):
+        with pytest.warns(UserWarning, match=says): DDPMSchedule(T=T)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DDPMSchedule(), DDPMSchedule(None, 12.9, 1000, 0.00085, 0.012, "scaled_linear")
+
+
+@pytest.mark.parametrize("levels", [None, 1., [1.], [[2., 1.]], [1., 2.], ["a"], []], ids=str)
+def test_levels_that_cannot_be(levels):
+    with pytest.raises((TypeError, ValueError), match="levels"): Staircase(levels)
+    assert Staircase([2, 1.5]).logsnr([0, 1.]).tolist() == [2, 1.5]
 
 
 def test_a_staircase_has_no_process_and_no_formula():

@@ -25,7 +25,7 @@ def softplus(l): return max(l, 0.) + math.log1p(math.exp(-abs(l)))
 
 # ---- floors
 
-@pytest.mark.parametrize('low, high', [(-12., 100.), (-200., 200.), (85., 95.), (-100., 5.), (.3, .4)])
+@pytest.mark.parametrize('low, high', [(-12., 100.), (-170., 170.), (85., 95.), (-100., 5.), (.3, .4)])
 def test_the_nelbo_floor_of_a_gaussian(low, high):
     "log((1 + e^λmax)/(1 + e^λmin)), to the ends of a wide range"
     loss = DiffusionLoss(VESchedule(low, high), 'eps', 'nelbo')
@@ -136,9 +136,12 @@ def test_a_shift_costs_its_length_over_the_root_of_the_dimension(dim):
 @pytest.mark.parametrize('x, y', [((5, 2), (5, 1)), ((5,), (5,)), ((5, 3, 4), (5, 3, 4)), ((5, 2), (2,)),
                                   ((0, 2), (5, 2))], ids=str)
 def test_sets_that_cannot_be_compared_are_refused(d, x, y):
-    "(n, 2) against (m, 1) would broadcast to a number"
+    "(n, 2) against (m, 1) would broadcast to a number; one point has no covariance, nan no distance"
     for a, b in itertools.permutations((x, y)):
         with pytest.raises(ValueError, match='samples'): d(torch.ones(a), torch.ones(b))
+    with pytest.raises(ValueError, match='y must be finite'): d(torch.ones(5, 2), torch.ones(5, 2) / 0)
+    with pytest.raises(ValueError, match='at least 2 of each'):
+        DISTANCES['covariance_distance'](torch.ones(1, 2), torch.ones(5, 2))
 
 
 # ---- noise floors and judgements
@@ -163,3 +166,13 @@ def test_a_judgement_tells_data_from_no_data():
         noise, sd = noise_floor(d, CLUSTER, 800)
         for report in (good, bad): assert (report[name]['noise'], report[name]['noise_sd']) == (noise, sd)
         assert good[name]['value'] < noise + 4 * sd and bad[name]['value'] > noise + 6 * sd
+    for wrong in (samples / 0, samples[:1], samples[:, :1], samples[None]):
+        with pytest.raises(ValueError, match='samples must'): judge(wrong, CLUSTER)
+
+
+def test_too_few_points_for_an_integral_are_refused():
+    for points in (1, 2, 200):
+        with pytest.raises(ValueError, match='points must be from 201'):
+            floor(DiffusionLoss(), CLUSTER, points=points)
+    few, many = (floor(DiffusionLoss(), CLUSTER, points=points) for points in (201, 8001))
+    assert few == pytest.approx(many, rel=1e-3)

@@ -1,4 +1,5 @@
 "Attempts to break lfdm.grids: what shares a stack, grids killed and taken up again, one run that diverges."
+import dataclasses
 import subprocess
 import sys
 import time
@@ -113,7 +114,18 @@ def test_a_killed_grid_loses_nothing_and_ends_the_same(death, tmp_path, whole):
     assert not list((tmp_path / "train").glob(".*"))
 
 
+def test_the_checkpoint_of_another_stack_is_refused(tmp_path, whole):
+    with pytest.raises(Stopped): make_grid([*whole][:2], root=tmp_path, progress=stop_at("train", 2))
+    checkpoint, = tmp_path.glob("train/.stack*")
+    others = [dataclasses.replace(p, seed=7) for p in [*whole][:2]]
+    with pytest.raises(Stopped): make_grid(others, root=tmp_path, progress=stop_at("train", 2))
+    other, = {*tmp_path.glob("train/.stack*")} - {checkpoint}
+    other.replace(checkpoint)
+    with pytest.raises(ValueError, match="checkpoint.*Move it away"): make_grid([*whole][:2], root=tmp_path)
+
+
 def test_a_grid_killed_between_the_records_of_a_stack_ends_the_same(tmp_path, whole, monkeypatch):
+    "the stack goes on as it was, with the run of it that is finished: another stack would round otherwise"
     write, written = grids.write_record, []
     def dying(*args, **kw):
         if written: raise Stopped
@@ -121,7 +133,10 @@ def test_a_grid_killed_between_the_records_of_a_stack_ends_the_same(tmp_path, wh
     with monkeypatch.context() as m, pytest.raises(Stopped):
         m.setattr(grids, "write_record", dying)
         make_grid(list(whole), root=tmp_path, stack=2)
-    assert len(ends_the_same(tmp_path, whole)) == 1
+    reports = []
+    make_grid(list(whole), root=tmp_path, stack=3, progress=lambda *now: reports.append(now))
+    assert reports[:2] == [("stack", 0, 2), ("train", 3, 3)], "trained again"
+    assert len(ends_the_same(tmp_path, whole)) == 3 and not list((tmp_path / "train").glob(".*"))
 
 
 LONG = """

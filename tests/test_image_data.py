@@ -233,7 +233,10 @@ def test_size_cuts_and_resizes(tmp_path):
 def test_lossy_copies_say_so(tmp_path):
     write(tmp_path, 'a/1.png a/2.png b/1.png b/2.jpg c/1.webp c/2.webp d/1.png d/2.jpg')
     (tmp_path / 'd/2.jpg').rename(tmp_path / 'd/2.png')   # the content counts, not the name
-    assert [ImageFolder(tmp_path / f).lossy for f in 'abcd'] == [False, True, True, True]
+    with Image.open(write(tmp_path, 'e/1.jpg') / 'e/1.jpg') as image:   # phones show the first of two
+        image.save(tmp_path / 'e/2.mpo', save_all=True, append_images=[Image.new('RGB', (4, 4))])
+    (tmp_path / 'e/2.mpo').rename(tmp_path / 'e/2.jpg')
+    assert [ImageFolder(tmp_path / f).lossy for f in 'abcde'] == [False, True, True, True, True]
 
 
 def chunk(kind, data):
@@ -290,10 +293,10 @@ def test_damaged_files_are_named_and_counted(tmp_path, ending):
         whole = (tmp_path / f'{i}.{ending}').read_bytes()
         (tmp_path / f'{i}.{ending}').write_bytes(whole[:len(whole) * 2 // 3])
     (tmp_path / f'5.{ending}').write_bytes(b''), (tmp_path / '6.jpg').write_text('<html>')
-    with refused(rf"4 of 7 images cannot be read, such as '.*2\.{ending}'.*Replace or delete"):
+    with refused(rf"4 of 7 image files cannot be read, such as '.*2\.{ending}'.*Replace or delete"):
         ImageFolder(tmp_path).train()
     for file in tmp_path.iterdir(): file.write_bytes(b'\0')
-    with refused('7 of 7 images cannot be read'): ImageFolder(tmp_path).train()
+    with refused('7 of 7 image files cannot be read'): ImageFolder(tmp_path).train()
 
 
 @pytest.mark.parametrize('ending', ['png', 'jpg', 'tif', 'webp'])
@@ -375,7 +378,7 @@ def test_only_the_formats_that_are_promised_are_opened(tmp_path, monkeypatch):
     (tmp_path / 'b.ppm').rename(tmp_path / 'b.png')
     psd = b'8BPS\0\1' + bytes(6) + struct.pack('>HIIHH', 3, 8, 8, 8, 3) + bytes(400)
     (tmp_path / 'c.png').write_bytes(psd)
-    with refused(r'3 of 3 images cannot be read.*none of BMP, JPEG, PNG, TIFF, WEBP'):
+    with refused(r'3 of 3 image files cannot be read.*none of BMP, JPEG, PNG, TIFF, WEBP'):
         ImageFolder(tmp_path).train()
     for path in files():
         if path.suffix not in ('.py', '.ipynb') or path.parent == ROOT / 'tests': continue
@@ -388,12 +391,14 @@ def test_pixels_are_counted_before_they_are_decoded(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, 'empty', lambda shape, **k: torch.zeros(shape, **k) if not np.prod(shape) else
                         pytest.fail('allocated'))
     for size in (None, 8):
-        with refused("400 of 400 .*13000×13000 pixels; at most 67,108"): ImageFolder(tmp_path, size).train()
+        with refused("400 of 400 .*13000×13000 pixels, not from 1"): ImageFolder(tmp_path, size).train()
     monkeypatch.setattr(data, 'MOST_BYTES', 100_000)
     many = write(tmp_path / 'many', ' '.join(f'{i}.png' for i in range(10)), (100, 100))
     with refused("10 images of 100×100 pixels take 0.0 GB"): ImageFolder(many).train()
     monkeypatch.undo()
     assert ImageFolder(many, size=4).n_train == 8
+    (many / '3.png').write_bytes(png(b'', 0, 5, 8, 2))
+    with refused("1 of 10 .*3.png.*"): ImageFolder(many, size=4).train()
 
 
 @pytest.mark.parametrize('ending', ['png', 'jpg', 'bmp', 'tif', 'webp'])
@@ -425,7 +430,7 @@ def test_files_that_may_not_be_read():
     with tempfile.TemporaryDirectory() as place:   # pytest's folders are closed to others
         folder = write(place, '1.png 2.png')
         folder.chmod(0o755), (folder / '1.png').chmod(0o644), (folder / '2.png').chmod(0)
-        with unprivileged(), refused(r"1 of 2 images.*2\.png' \(PermissionError"): ImageFolder(folder).train()
+        with unprivileged(), refused(r"1 of 2 .*2\.png' \(PermissionError"): ImageFolder(folder).train()
         write(folder, 'deep/cat/dog/3.png'), (folder / 'deep/cat/dog').chmod(0)   # is not passed over
         with unprivileged(), refused('dog', PermissionError): ImageFolder(folder / 'deep')
         (folder / 'deep/cat/dog').chmod(0o755), folder.chmod(0o311)

@@ -34,13 +34,12 @@ def test_wrong_values_are_refused_by_name(field, values):
 
 
 @pytest.mark.parametrize("bad, message", [
-    (dict(device="cuda:9"), "unknown device 'cuda:9'. .*Valid: 'cpu'"),
+    (dict(device="cuda:9"), "unknown device.* 'cuda:9'. *Valid: 'cpu'"),
     (dict(precision="fp16"), "unknown precision 'fp16'. .*'float32', 'bf16'"),
     (dict(dataset="digit"), "Did you mean 'digits'"), (dict(network="smal"), "Did you mean 'small'"),
     (dict(network="small(widht=8)"), "Did you mean 'width'"),
     (dict(batch_size=1501), "batch_size 1501 is larger than the data: 1500 training images"),
-    (dict(network="small(width=0)"), "width must be at least"),
-    (dict(network="small(width=1e12)"), "cannot be built"), (dict(judged=1), "judged must be from 2"),
+    (dict(network="small(width=0)"), "width must be from 2"), (dict(judged=1), "judged must be from 2"),
     (dict(n_samples=1), "n_samples must be from 2"), (dict(dataset="folder"), "needs a path"),
     (dict(path="/nowhere"), "path='/nowhere'.* the images of dataset 'digits'.* lie in no folder"),
     (dict(dataset="templates", path="/nowhere"), "lie in no folder; those of 'cifar10' and 'folder' do"),

@@ -246,7 +246,7 @@ def test_wrong_input():
 def test_samples_that_do_not_fit_are_refused(whole):
     assert torch.equal(whole.task.restored(whole.task.stored(whole.samples)), whole.samples)
     for bad in (np.zeros((10, 3, 8, 8), np.float32), np.zeros((10, 8, 8), np.uint8)):
-        with pytest.raises(ValueError, match=r"not uint8 and \(n, 3, 8, 8\)"): whole.task.restored(bad)
+        with pytest.raises(ValueError, match=r"uint8 of shape \(n, 3, 8, 8\)"): whole.task.restored(bad)
 
 
 def test_a_record_loads_where_nobody_has_heard_of_images(whole):

@@ -101,6 +101,17 @@ def test_what_fails_says_where():
             flow_log_prob(torch.no_grad()(exact), data(3, 2), trace=trace)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("f", [nelbo, flow_log_prob])
+def test_16_bits_are_computed_in_float32(f, dtype):
+    "times and levels are at least float32, whatever the data: the answer for the same numbers is float32's"
+    x = data(50, 2, dtype=dtype)
+    found, expected = (f(exact, a, VE) for a in (x, x.float()))
+    if f is nelbo: found, expected = found.total, expected.total
+    assert found.dtype == f32
+    near(found, expected, rtol=1e-5, atol=1e-5)
+
+
 # ---- the bound
 
 def errors(x, logsnr, k, b):
@@ -193,9 +204,9 @@ def test_the_seed_decides_and_nothing_else_is_touched(f):
 
 NO_BATCH = (torch.ones(4, 2, dtype=torch.int64), torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.ones(4),
             torch.zeros(0, 2), None)
-NO_BATCH = torch.ones(4, 2, dtype=torch.int64), torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(0, 2)
+NO_BATCH = torch.ones(4), torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.zeros(0, 2), torch.ones(3, 2) / 0
 CASES = [
-    (flow_log_prob, dict(trace="signs"), "unknown kind of directions 'signs'. Did you mean 'sign'"),
+    (flow_log_prob, dict(trace="signs"), "unknown trace 'signs'. Did you mean 'sign'"),
     *((flow_log_prob, {name: 0}, f"{name} must") for name in ("rtol", "atol", "max_steps")),
     *((nelbo, {name: v}, f"{name} must") for name in ("steps", "draws") for v in (0, 2.5)),
     *((nelbo, dict(schedule=CosineSchedule(*ends)), "finite range of logsnr")

@@ -1,4 +1,5 @@
 "Attempts to break lfdm.losses: every (schedule, target, weighting) over shapes and dtypes; wrong input."
+import copy
 import itertools
 import math
 import re
@@ -9,6 +10,7 @@ import torch
 
 from lfdm.core import seeded
 from lfdm.losses import DiffusionLoss, predict
+from lfdm.networks import MLP
 from lfdm.schedules import SCHEDULES, CosineSchedule, network_time
 from lfdm.targets import TARGETS, convert
 from lfdm.weightings import WEIGHTINGS, LogSNRWeighting
@@ -116,14 +118,56 @@ def test_the_network_sees_unit_scale_and_the_time_of_its_level(schedule):
     close(out[7, 0], 1 / (level.alpha**2 + level.sigma**2).sqrt())
 
 
+HALVES = torch.float16, torch.bfloat16
+RANGES = (-80, 80), (-170, 5), (-5, 100), (-5, 300), (-700, 700)
+
+
+@every
 @torch.no_grad()
-def test_a_network_in_half_precision_costs_its_own_rounding_only():
-    "the error, the factor and the mean stay in the data's precision, though factors reach far beyond float16"
-    x, eps, y_hat, t = draw((5, 2), 11, f32)
-    for (target, weighting), dtype in itertools.product(pairs('cosine'), (torch.float16, torch.bfloat16)):
-        loss, rounded = DiffusionLoss('cosine', target, weighting), y_hat.to(dtype)
-        got, want = (loss(lambda z, u, y=y: y, x, t=t, eps=eps) for y in (rounded, rounded.float()))
-        assert got.dtype == f32 and torch.equal(got, want), (target, weighting)
+def test_sixteen_bits_cost_the_rounding_of_the_network_only(schedule):
+    "times, levels, factors and noise have 32; the network sees its own dtype, and says the same in both"
+    x = torch.randn(64, 2, generator=seeded(0))
+    for k, (target, weighting) in enumerate(pairs(schedule)):
+        loss, half, seen = DiffusionLoss(schedule, target, weighting), x.to(HALVES[k % 2]), set()
+        net = lambda z, u, seen=seen: seen.add(z.dtype) or seen.add(u.dtype) or torch.full_like(z, .25)
+        got = loss(net, half, generator=seeded(0))
+        assert seen == {half.dtype} and got.dtype == f32 and got.isfinite().all(), (target, weighting)
+        same = k % 3 or torch.equal(got, loss(net, half.float(), generator=seeded(0)))
+        assert same, (target, weighting)
+
+
+@torch.no_grad()
+def test_data_and_network_of_two_precisions_work_or_say_so():
+    "a network of 16 bits sees 16, whatever the data; one of 32 sees 32 of data of 16; 64 and 32 do not mix"
+    of = lambda net, x: DiffusionLoss('cosine', 'score', 'weighted')(net, x, generator=seeded(0))
+    net = MLP(width=8)
+    want, x = of(net, X), X
+    assert torch.equal(of(net, x.half()), of(net, x.half().float()))
+    for dtype, data in itertools.product(HALVES, (x, x.half(), x.bfloat16())):
+        close(of(copy.deepcopy(net).to(dtype), data), want, rtol=0.1, atol=0.1)
+    for t in (torch.rand(4).half(), torch.rand(4).bfloat16()):
+        values = [DiffusionLoss(weighting='nelbo')(NET, x.half(), q, EPS) for q in (t, t.float())]
+        assert torch.equal(*values) and torch.equal(*(DiffusionLoss().factor(q) for q in (t, t.float())))
+    with pytest.raises(TypeError, match='not take x of torch.float64.*net.double') as e: of(net, x.double())
+    assert len(str(e.value)) <= 300 and of(net.double(), x.double()).dtype == f64
+    assert torch.equal(of(lambda z, u: z, X.numpy()), of(lambda z, u: z, X))   # an array is data, a list too
+    close(of(lambda z, u: z, X.tolist()), of(lambda z, u: z, X))
+
+
+@every
+@torch.no_grad()
+def test_a_range_of_levels_is_refused_or_finite(schedule):
+    "float32 has no σ² below λ = -88 and no σ below -177: a network would see zeros, or nan"
+    x, seen, made = torch.randn(99, 2, generator=seeded(1)), {}, []
+    def net(z, u): seen.update(z=z); return 0 * z
+    for low, high, (target, weighting) in ((*ends, pair) for ends in RANGES for pair in pairs(schedule)[::3]):
+        try: loss = DiffusionLoss(SCHEDULES[schedule](low, high), target, weighting)
+        except ValueError as e:
+            assert len(str(e)) <= 300
+            continue
+        made.append(low)
+        assert loss(net, x, generator=seeded(0)).isfinite().all() and (seen['z'].abs().amax(1) > 1e-3).all()
+    if schedule == 've': assert set(made) == {-80, -170, -5}
 
 
 # ---- what the network, t, eps and x must be

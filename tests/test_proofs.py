@@ -73,3 +73,12 @@ def test_refute_finds_a_point(left, right, at, capsys):
     (sp.exp(sp.log(p) / 2), sp.sqrt(p), None)], ids=str)
 def test_refute_needs_a_point(left, right, at):
     with pytest.raises(AssertionError, match='not refuted'): refute(left, right, 'a truth', at)
+
+
+@pytest.mark.parametrize('judge, bad, says', [
+    *((prove, bad, 'left must be a sympy expression or a number') for bad in ('p', None, True, [p])),
+    *((refute, bad, 'left must be a sympy expression or a number') for bad in ('__import__("os")', {})),
+    *((check, bad, 'value must hold real numbers') for bad in ('1', None, 1j, [1j], torch.ones(2) * 1j, {})),
+    (check, [], 'value holds no numbers')], ids=str)
+def test_what_cannot_be_judged_is_named(judge, bad, says):
+    with pytest.raises((TypeError, ValueError), match=says): judge(bad, 1, 'a claim')

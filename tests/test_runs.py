@@ -1,5 +1,6 @@
 "Attempts to break lfdm.runs: killed anywhere, two at once, full and read-only disks, damaged records."
 import contextlib
+import itertools
 import os
 import random
 import re
@@ -20,6 +21,7 @@ from lfdm import runs
 from lfdm.data import DATASETS
 from lfdm.parameters import RESULTS_VERSION, Parameters
 from lfdm.runs import CHECKPOINT, FILES, beside, folder_of, load_run, make_run, reseal
+from lfdm.tasks import PointsTask
 from tiny import SERVER, Stopped, Tiny, content, made, part, register, small, stop_at, tree
 from tree import ROOT, edit
 
@@ -84,9 +86,9 @@ def start(root, kill_at=None, started=None, go=None):
 
 
 def test_killed_at_every_step_and_resumed_is_bit_identical(tmp_path, whole):
-    "each start goes one event further than the one before; in between, half of what was written is lost"
+    "each start goes some events further than the one before; in between, half of what was written is lost"
     folder, work, deaths, resumed = at(tmp_path), part(optional(), tmp_path), 0, 0
-    for kill_at in range(80):
+    for kill_at in range(0, 300, 4):
         said = start(tmp_path, kill_at).said()
         if said != "killed": break
         deaths += 1
@@ -97,8 +99,8 @@ def test_killed_at_every_step_and_resumed_is_bit_identical(tmp_path, whole):
         for name, f in written.items():        # as if the write were still in progress
             if name == CHECKPOINT or deaths % 2 == 0: continue
             f.write_bytes(f.read_bytes()[:f.stat().st_size // 2])
-        if deaths in (8, 12) and work.is_dir(): (work / ".tmpXyz123").write_bytes(bytes(100))
-    assert said == f"made {folder.name}" and deaths >= 15 and resumed >= 8
+        if deaths in (6, 10) and work.is_dir(): (work / ".tmpXyz123").write_bytes(bytes(100))
+    assert said == f"made {folder.name}" and deaths >= 12 and resumed >= 6
     assert content(folder) == content(whole.folder)
     assert set(os.listdir(folder.parent)) <= {folder.name, f".{folder.name}.lock"}   # which nobody holds
 
@@ -147,6 +149,17 @@ def test_a_damaged_checkpoint_is_named_and_kept(tmp_path, whole):
         assert tree(tmp_path) == before
     checkpoint.rmdir()
     again(tmp_path, whole, ("train", 0, 3))
+
+
+def test_the_checkpoint_of_another_run_is_refused_and_kept(tmp_path):
+    "of the same network: only its name tells it apart"
+    p, other = (small(ema=.8, clip=.3, warmup=6, lr=lr) for lr in (1e-3, 2e-3))
+    with pytest.raises(Stopped): make_run(other, root=tmp_path, progress=stop_at("train", 2))
+    os.replace(part(other, tmp_path), work := part(p, tmp_path))
+    before = tree(work)
+    says = f"checkpoint .*another run, {other.slug()}.*Move it away"
+    with pytest.raises(ValueError, match=says): make_run(p, root=tmp_path)
+    assert tree(work) == before
 
 
 # ---- finished runs
@@ -223,6 +236,7 @@ LESS = {
     "metrics are numbers": of_lines(lambda text: "1\n2\n3\n4\n"),
     "an empty summary": ("summary.json", lambda f: f.write_text("{}")),
     "no environment": of_record(lambda r: r.pop("environment")),
+    "an entry more": of_record(lambda r: r.update(sha257={})),
     "a wrong type": of_record(lambda r: r["parameters"].update(epochs="3")),
     "another version": of_record(lambda r: r.update(results_version=RESULTS_VERSION - 1)),
     "narrower": ("model.safetensors", lambda f: save_file({k: v[:-1] for k, v in load_file(f).items()}, f)),
@@ -237,7 +251,7 @@ def test_a_record_that_does_not_fit_is_refused(damage, copied):
     "with digests or, where they are renewed or missing, by what it holds"
     file, change = LESS[damage]
     change(copied / file)
-    refused(copied, f"{file}: it changed")
+    refused(copied, f"{file}: (it changed|unknown entry)")
     old(copied)
     refused(copied, "results version 1.*2" if "version" in damage else file)
 
@@ -367,10 +381,10 @@ def test_what_may_not_be_read(what, open_folder, whole):
 def test_all_is_on_the_disk_before_it_is_published(tmp_path, monkeypatch):
     "a file before it gets its name, the folder before the checkpoint goes, all before the run gets its name"
     done, where, folder, work = {}, "/proc/self/fd/{}".format, at(tmp_path), part(optional(), tmp_path)
-    def noted(name, path_of):
+    def noted(name, path_of, count=itertools.count()):  # noqa: B008
         real = getattr(os, name)
         def call(first, *rest):
-            done[name, path_of(first)] = len(done)
+            done[name, path_of(first)] = next(count)
             return real(first, *rest)
         monkeypatch.setattr(os, name, call)
     for name in ("replace", "unlink"): noted(name, str)
@@ -434,6 +448,18 @@ def test_where_a_run_lies(tmp_path, whole, monkeypatch):
     for begin in (".", "nbs"):
         monkeypatch.chdir(tmp_path / begin)
         assert load_run("runs/train/my favourite run").summary == whole.summary
+
+
+@pytest.mark.parametrize("fault, kind, says", [
+    (RuntimeError("[alloc.cpp] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.\nframe #0"),
+     RuntimeError, "^out of memory on 'cpu': .*9 bytes.. Lower batch_size.*checkpoint"),
+    (MemoryError("Unable to allocate 9 GiB"), RuntimeError, "^out of memory .*9 GiB. Lower batch_size"),
+    (FileNotFoundError("there is no folder of images"), FileNotFoundError, "^there is no folder of images$"),
+    (RuntimeError("shapes"), RuntimeError, "^shapes$")], ids=str)
+def test_what_is_said_of_a_fault_in_training(fault, kind, says, tmp_path, monkeypatch):
+    def fit(*_): raise fault
+    monkeypatch.setattr(PointsTask, "fit", fit)
+    with pytest.raises(kind, match=says): make(tmp_path)
 
 
 def test_nan_in_training_leaves_no_run(tmp_path):

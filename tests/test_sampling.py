@@ -12,6 +12,7 @@ from lfdm.networks import MLP, StackedMLP
 from lfdm.sampling import checked_schedule, sample, sample_stack, sampling
 from lfdm.schedules import SCHEDULES
 from lfdm.steps import SAMPLERS, Counted, ddim_step, network_denoiser
+from lfdm.targets import TARGETS
 
 every = pytest.mark.parametrize("sampler", SAMPLERS)
 # ---- states
@@ -144,6 +145,37 @@ def test_the_advice_for_a_range_out_of_reach_is_one_that_works(within, schedule)
             asked(within, schedule)
 
 
+# ---- ranges without end, and 16 bits
+
+@every
+@pytest.mark.parametrize("ends", [(-math.inf, 5.), (-5., math.inf), (-math.inf, math.inf)], ids=str)
+def test_a_range_without_end_is_sampled_or_refused_before_any_work(sampler, ends):
+    "a network that predicts the noise does not know the data at α = 0; of the data, the noise at σ = 0"
+    s = SCHEDULES["cosine"](*ends)
+    for target in TARGETS:
+        torch.manual_seed(0)
+        denoiser = Counted(network_denoiser(MLP(2, 8), target))
+        try: states = sampling(denoiser, (3, 2), 5, s, sampler)
+        except ValueError as e:
+            assert re.match("logsnr_m(in|ax) must be finite", str(e)) and len(str(e)) <= 300
+            assert target not in ("v", "F") or sampler not in ("ancestral", "ddim", "heun", "dpmpp_2m")
+        else:
+            assert denoiser.evaluations == 0
+            *_, (_, level, z) = states
+            assert z.isfinite().all() and level.logsnr == ends[1]
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bits_are_sampled_in_float32(sampler, dtype):
+    "with levels that 16 bits do not tell apart; only what comes out is rounded"
+    s = SCHEDULES["cosine"](-7, 7)
+    found, expected = ([z for *_, z in states(steps=300, schedule=s, sampler=sampler, dtype=d)]
+                       for d in (dtype, torch.float32))
+    for a, b in zip(found, expected):
+        assert a.dtype == dtype and torch.equal(a, b.to(dtype))
+
+
 # ---- many networks
 
 @every
@@ -171,8 +203,14 @@ def test_a_stack_gives_what_each_network_gives_alone(sampler):
     ({"schedule": "cosin"}, "unknown schedule 'cosin'. Did you mean 'cosine'?"),
     *(({name: bad}, f"{name} must") for name in ("n", "steps", "chunk", "dim")
       for bad in (0, 2.5, -3, "true", math.inf, 10**400)),
-    *(({"seed": bad}, "seed must") for bad in (.5, -1, 2**64))], ids=lambda v: str(v)[:30])
+    *(({"seed": bad}, "seed must") for bad in (.5, -1, 2**32)),
+    ({"device": "cuda:99"}, "device")], ids=lambda v: str(v)[:30])
 def test_bad_choices_come_before_any_work(choice, message):
     with pytest.raises((ValueError, TypeError), match=re.escape(message)): sample(refuse, **{"n": 6} | choice)
     if choice.keys() <= {"sampler", "schedule", "steps"}:   # not even iterated
         with pytest.raises((ValueError, TypeError)): sampling(refuse, (6, 2), **choice)
+
+
+def test_samples_are_floating_point():
+    with pytest.raises(TypeError, match="dtype must be floating-point, as torch.float32, not torch.int64"):
+        sampling(refuse, (6, 2), dtype=torch.int64)

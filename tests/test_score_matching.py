@@ -141,6 +141,18 @@ def test_a_loss_is_pure_and_examples_do_not_see_each_other(objective, shape):
     assert torch.equal(x, copy) and not x.requires_grad and torch.equal(before, torch.get_rng_state())
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_sixteen_bits_cost_the_rounding_of_the_network_only(dtype):
+    x, near = randn(64, 2).to(dtype), 4 * torch.finfo(dtype).eps
+    for objective, weighting in itertools.product(ALL, ('weighted', 'nelbo')):
+        loss, seen = ScoreMatchingLoss(objective, levels=[-3., 2., 9.], weighting=weighting), set()
+        net = lambda z, u, seen=seen: seen.add(z.dtype) or seen.add(u.dtype) or torch.sin(z)
+        got = loss(net, x, generator=generator(1))
+        assert seen == {dtype} and got.dtype == f32 and loss.drawn(x)[0].dtype == f32
+        want = loss(net, x.float(), generator=generator(1))
+        assert ((got - want).abs() <= near * (want.abs() + want.abs().mean() + 1)).all(), objective
+
+
 # ---- levels
 
 @pytest.mark.parametrize('schedule', CONTINUOUS)

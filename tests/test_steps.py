@@ -185,7 +185,7 @@ def test_a_line_through_two_guesses_is_followed_as_far_as_it_can_be_trusted(l, l
         numbers(found, more if ratio < 2 else 0 * more, rtol=1e-6)
 
 
-# ---- counting, and what goes wrong
+# ---- what goes wrong
 
 @every
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -197,6 +197,20 @@ def test_a_denoiser_that_stops_being_finite_is_placed(sampler, bad):
     said = str(e.value)
     assert ("velocity" if sampler == "adaptive" else "of 10") in said
     assert 0 <= float(said.split("logsnr ")[1].rstrip(".")) < 5
+
+
+NO_GUESS = [lambda z, l: z, lambda z, l: (z,), lambda z, l: (z, None), lambda z, l: (z, z[:, :1]),
+            lambda z, l: None]
+
+@every
+@pytest.mark.parametrize("denoiser", NO_GUESS)
+def test_what_is_no_guess_is_refused(sampler, denoiser):
+    "one tensor of two rows would be unpacked into its rows; of noise of another shape there is too much"
+    for one in (denoiser, Counted(denoiser)):
+        with pytest.raises((TypeError, ValueError), match="denoiser must return"):
+            sample(one, 2, steps=2, sampler=sampler)
+        with pytest.raises((TypeError, ValueError), match="denoiser must return"):
+            SAMPLERS[sampler](one, randn(2, 2), level(1.), level(0.), randn(2, 2))
 
 
 def test_an_adaptive_solver_that_cannot_converge_says_where_and_what_to_do():

@@ -130,7 +130,8 @@ def test_scales_of_each_example_multiply_examples():
 @pytest.mark.parametrize('name, bad, says', [
     ('alpha', torch.ones(2), 'alpha must be one number for all, or one for each of 3 examples'),
     ('sigma', torch.ones(3, 2), 'sigma must be one number'), ('z', None, 'z must be'),
-    ('z', torch.ones(3, 1), 'z must have y_hat.s shape'), ('y_hat', 'noise', 'y_hat must be'), ('alpha', True, 'alpha must be')], ids=str)
+    ('z', torch.ones(3, 1), 'z must have y_hat.s shape'), ('y_hat', 'noise', 'y_hat must be'),
+    ('alpha', True, 'alpha must be')], ids=str)
 def test_what_does_not_fit_is_named(name, bad, says):
     good = dict(y_hat=torch.ones(3, 2), z=torch.ones(3, 2), alpha=torch.ones(3), sigma=torch.ones(3))
     for source, target in itertools.permutations(TARGETS, 2):

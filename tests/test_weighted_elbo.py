@@ -1,4 +1,5 @@
 "Attempts to break lfdm.weighted_elbo: random weights and slopes, closed forms."
+import copy
 import math
 
 import numpy as np
@@ -9,7 +10,8 @@ from hypothesis import given, settings, strategies as st
 from gaussians import f64, generator
 from lfdm import weighted_elbo
 from lfdm.data import DATASETS, GaussianMixture
-from lfdm.steps import exact_denoiser
+from lfdm.networks import MLP
+from lfdm.steps import exact_denoiser, network_denoiser
 from lfdm.weighted_elbo import elbos, eps_slope, exact_elbos, level_grid, over_elbos, over_slopes, weight
 from lfdm.weightings import WEIGHTINGS, EpsFactor, LogSNRWeighting
 
@@ -105,6 +107,14 @@ def test_the_noise_is_the_same_at_all_levels():
     assert not torch.equal(eps_slope(exact, x, k, seed=4), slopes)
 
 
+def test_sixteen_bits_of_data_are_levels_and_noise_of_thirty_two():
+    x, k, net = CLUSTER.sample(20).bfloat16(), torch.tensor([-8., 0., 12.]), MLP(width=8)
+    slopes = lambda net, x: eps_slope(network_denoiser(net, "v"), x, k)
+    with torch.no_grad(): half = slopes(copy.deepcopy(net).bfloat16(), x)
+    assert torch.equal(slopes(net, x), slopes(net, x.float()))
+    assert half.dtype == f64 and (half - slopes(net, x)).abs().max() < .1
+
+
 def test_no_model_is_below_the_exact_one_and_numbers_are_float64():
     x, best = CLUSTER.sample(4000), exact_elbos(CLUSTER, LOW, HIGH, 401).loss[-1].item()
     halved = lambda z, level: (None, 0.5 * exact(z, level)[1])
@@ -166,4 +176,6 @@ def test_slopes_are_refused_beyond_the_training_and_where_they_are_not_finite():
     broken = lambda z, level: (z, z / (level.logsnr < 1))
     with pytest.raises(FloatingPointError, match="not finite at logsnr 2"):
         eps_slope(broken, x, torch.tensor([0., 2.]))
-    with pytest.raises(TypeError): eps_slope(narrow, torch.zeros(3), torch.tensor([0.]))
+    for bad in (torch.zeros(3), torch.full((3, 2), math.nan)):
+        with pytest.raises((TypeError, ValueError), match="x must be"): eps_slope(narrow, bad, 0.)
+    with pytest.raises(TypeError, match="denoiser must return"): eps_slope(lambda z, level: z, x, 0.)

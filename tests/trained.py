@@ -62,9 +62,12 @@ def everything(state):
 
 class Learning(CosineSchedule):
     "A schedule that moves with the times it was asked for, and refuses to have been asked less than never."
-    def __init__(self, bins=4):
+    def __init__(self):
+        self._forget()
         super().__init__()
-        self._seen, self._asked = torch.zeros(bins), torch.zeros((), dtype=torch.int64)
+        self._forget()   # what the constructor asked
+
+    def _forget(self): self._seen, self._asked = torch.zeros(4), torch.zeros((), dtype=torch.int64)
 
     def logsnr(self, t):
         if torch.is_tensor(t) and t.ndim:

@@ -37,6 +37,7 @@ def require_bytes(images,      # what must be a uint8 tensor
     levels = _checked_levels(levels)
     if not torch.is_tensor(images) or images.dtype != torch.uint8:
         raise TypeError(f"images must be a uint8 tensor, not {_type_of(images)}.")
+    _require_numbers('images', images)
     if images.device.type != 'cpu': return   # checked when the set was loaded: no waiting for the device
     if images.numel() and int(images.max()) >= levels:
         raise ValueError(f"images with {levels} levels have values up to {levels - 1}, not {images.max()}.")
@@ -45,9 +46,15 @@ def _require_values(x):
     "Check that these are finite floating-point numbers."
     if not torch.is_tensor(x) or not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, not {_type_of(x)}.")
+    _require_numbers('x', x)
     if not x.isfinite().all():
         raise ValueError(f"{(~x.isfinite()).sum()} of {x.numel()} values of x are not finite.")
 
+def _require_numbers(name, x):
+    "Check that a tensor has values, which it has not on torch's meta device."
+    if x.is_meta: raise ValueError(f"{name} must hold numbers, not lie on the device 'meta'.")
+
+# %% ../../nbs/library/52_image_data.ipynb #2c4f3a0b
 def _require_places(u, images):
     "Check that these are places within the cells of the images, if any are given."
     if u is None: return
@@ -200,7 +207,9 @@ def _checked_labels(labels):
     try: labels = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"labels must be a tensor of whole numbers, not {shown(labels)}.") from None
-    if labels.is_floating_point() or labels.is_complex() or labels.ndim != 1 or len(labels) < 2:
+    _require_numbers('labels', labels)
+    whole = not labels.is_floating_point() and not labels.is_complex() and labels.dtype != torch.bool
+    if not whole or labels.ndim != 1 or len(labels) < 2:
         raise ValueError(f"labels must be whole numbers of shape (n,) with n from 2, not {shown(labels)}.")
     return labels
 
@@ -260,12 +269,14 @@ def image_grid(images: torch.Tensor, # bytes, uint8 (n, C, H, W) with C = 1 or 3
     return grid if C == 3 else grid[..., 0]
 
 # %% ../../nbs/library/52_image_data.ipynb #88721cf4
-def _checked_path(path):
+def _checked_path(path, name='path'):
     "A path as text, with ~ for the home folder; None stays None."
     if path is None: return None
     path = os.fspath(path) if isinstance(path, os.PathLike) else path
-    if not isinstance(path, str): raise TypeError(f"path must be text or a Path, not {shown(path)}.")
-    if not path or '\0' in path: raise ValueError(f"path must name a folder, not {shown(path)}.")
+    if not isinstance(path, str): raise TypeError(f"{name} must be text or a Path, not {shown(path)}.")
+    too_long = any(len(os.fsencode(part)) > 255 for part in path.split(os.sep)) or len(path) > 4000
+    if not path or '\0' in path or too_long:
+        raise ValueError(f"{name} must name a folder, not {shown(path)}.")
     return os.path.expanduser(path)
 
 def _named(path):
@@ -273,6 +284,7 @@ def _named(path):
     text = str(path)
     return repr(text if len(text) <= 60 else f'…{text[-59:]}')
 
+# %% ../../nbs/library/52_image_data.ipynb #66f2e6bb
 def _stamps(files):
     "What tells whether files have changed: their places, sizes, times and inodes."
     stats = [(os.path.abspath(file), os.stat(file)) for file in files]
@@ -347,10 +359,11 @@ LOSSY = ('JPEG', 'MPO', 'WEBP')   # PIL's names for formats that may lose
 MOST_PIXELS = 2**26   # of a file, 8192×8192
 MOST_BYTES = 2**34    # of all images of a set as bytes: ImageNet at 64×64 fits
 
+# %% ../../nbs/library/52_image_data.ipynb #0d95f8b9
 def class_files(folder,    # holds class folders, or images directly
                ) -> tuple: # (image files, the class of each, or None); raises ValueError, OSError, TypeError
     "A folder's images in the order of their names, and the names of the class folders they lie in."
-    folder = _checked_folder(folder)
+    folder = _checked_folder(folder, 'folder')
     inside = sorted(p for p in folder.iterdir() if p.name[0] != '.')
     folders = [p for p in inside if p.is_dir()]
     images = _images_among(folder, [p for p in inside if not p.is_dir()])
@@ -389,6 +402,7 @@ def _split_folders(folder):
     _warn(folder, 'lie beside train and test and are in neither', [p for p in others if _holds_images(p)])
     return {split: found[names.index(split)] for split in SPLITS}
 
+# %% ../../nbs/library/52_image_data.ipynb #7dce1ab9
 def _holds_images(place):
     "Is this an image, or a folder of some?"
     return any(f.suffix.lower() in ENDINGS for f in (_files_below(place) if place.is_dir() else [place]))
@@ -413,8 +427,8 @@ def _opened(path):
     # given a path, PIL maps the memory of plain TIFFs, and garbles those that are to be turned by 90°
     with open(path, 'rb') as file, Image.open(file, formats=FORMATS) as image:
         width, height = image.size
-        if width * height > MOST_PIXELS:
-            raise ValueError(f'{width}×{height} pixels; at most {MOST_PIXELS:,} are decoded')
+        if not 0 < width * height <= MOST_PIXELS:
+            raise ValueError(f'{width}×{height} pixels, not from 1 to {MOST_PIXELS:,}')
         yield image
 
 def _image_kind(image):
@@ -442,6 +456,7 @@ def _first_kind(files):
         except Exception: continue   # `_require_readable` tells of it
     return None, None
 
+# %% ../../nbs/library/52_image_data.ipynb #b664870d
 def _image_array(image, size):
     "A decoded image as an array (H, W, C), cut to its central square and resized if a size is given."
     import numpy as np
@@ -533,15 +548,15 @@ class ImageFolder(ImageSet):
         return {split: pick(i) for split, i in zip(SPLITS, indices)}
 
 # %% ../../nbs/library/52_image_data.ipynb #f9a9cbf9
-def _checked_folder(path):
+def _checked_folder(path, name='path'):
     "A path that leads to a folder."
     if path is None:
-        raise ValueError("the image set 'folder' needs a path: "
+        raise ValueError(f"the image set 'folder' needs a path, {name} must not be None: "
                          "ImageFolder('photos') or 'folder(path=\"photos\")'.")
-    folder = Path(_checked_path(path))
-    if not folder.exists(): raise FileNotFoundError(f"there is no folder {_named(path)}.")
+    folder = Path(_checked_path(path, name))
+    if not folder.exists(): raise FileNotFoundError(f"there is no folder {_named(path)}: {name} must be one.")
     if not folder.is_dir():
-        raise NotADirectoryError(f"{_named(path)} is a file: give the folder that holds the images.")
+        raise NotADirectoryError(f"{_named(path)} is a file: {name} must be a folder that holds images.")
     return folder
 
 def _checked_files(files):
@@ -627,6 +642,7 @@ def _advice(mode):
                 ".astype('uint8')), with white = 65535 for 16 bits.")
     return "Convert it, e.g. with PIL: image.convert('RGB')."
 
+# %% ../../nbs/library/52_image_data.ipynb #e001bf82
 def _require_known_modes(files, kinds):
     "Check that images are grey or of three colours, of 8 bits."
     wrong = [(file, kind) for file, kind in zip(files, kinds) if kind.mode not in CHANNELS]
@@ -643,7 +659,7 @@ def _require_readable(files, errors):
     file, error = wrong[0]
     unknown_format = type(error).__name__ == 'UnidentifiedImageError'
     why = f"none of {', '.join(FORMATS)}" if unknown_format else ' '.join(str(error).split())[:90]
-    raise ValueError(f"{len(wrong)} of {len(files)} images cannot be read, such as {_named(file)} "
+    raise ValueError(f"{len(wrong)} of {len(files)} image files cannot be read, such as {_named(file)} "
                      f"({type(error).__name__}: {why}). Replace or delete them.")
 
 # %% ../../nbs/library/52_image_data.ipynb #548d6c46

@@ -65,8 +65,9 @@ def require_network(network: str,  # a name in UNETS, with options if any
     except RuntimeError as e:
         raise ValueError(f'network {shown(network)} cannot be built: {str(e)[:150]}.') from None
 
-def require_enough_images(images: ImageSet,
-                          name: str): # of the set, for the message
+@typed
+def require_enough_images(images: ImageSet, # of the run
+                          name: str):       # of the set, for the message
     "Raise ValueError if a run on these images could not be judged: distances and standard errors need some."
     least = 4 if images.classes else 2   # a classifier's distance is compared with that of half of them
     for what, n, few in (('training', images.n_train, least), ('test', images.n_test, 2)):
@@ -76,8 +77,9 @@ def require_enough_images(images: ImageSet,
 # %% ../../nbs/library/93_image_parameters.ipynb #17a6873b
 FOLDERS = ('cifar10', 'folder')   # sets whose files lie in a folder
 
+@typed
 def has_folder(name: str, # of a set, with options if any
-              ) -> bool:
+              ) -> bool:  # also False for a name that is none
     "Do the files of the set lie in a folder that a run may name?"
     return name.partition('(')[0].strip() in FOLDERS
 
@@ -97,8 +99,8 @@ def image_set(name: str, # a name in IMAGES, with options if any: 'folder(size=3
     return _READ[name, path]
 
 @typed
-def content_of(images: ImageSet,
-              ) -> str: # 'CxHxW, k values, digest'
+def content_of(images: ImageSet, # of a run
+              ) -> str:          # 'CxHxW, k values, digest'
     "What a set of images is, in words."
     shape = 'x'.join(map(str, images.shape))
     lossy = ', compressed with loss' if images.lossy else ''

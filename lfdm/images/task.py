@@ -14,7 +14,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from ..core import number, seeded, shown, typed
+from ..core import checked_device, number, seeded, shown, typed
 from .data import ImageSet, dequantize, quantize, require_images
 from .features import feature_distance
 from .fid import fid, inception_file
@@ -29,16 +29,19 @@ from ..validation import ValidationSet
 
 # %% ../../nbs/library/97_image_task.ipynb #c696d999
 @typed
-def require_content(images: ImageSet,
-                    content: str): # what the run's images are
+def require_content(images: ImageSet, # as they are
+                    content: str):    # what the run's images are
     "Raise ValueError if these are not the images of the run."
     if content_of(images) != content:
-        raise ValueError(f'the images are not those of the run: {content_of(images)}, not {content}.')
+        raise ValueError('the images are not those of the run: '
+                         f'their content is {content_of(images)}, not {content[:70]}.')
 
 @typed
 def require_own_device(device: str,  # of the run
                        accelerator): # accelerate's, or None
     "Raise ValueError if several processes are told to use one device."
+    if accelerator is not None and not hasattr(accelerator, 'num_processes'):
+        raise TypeError(f"accelerator must be accelerate's, or None, not {shown(accelerator)}.")
     if accelerator and accelerator.num_processes > 1 and ':' in device:
         raise ValueError(f'each of several processes has a device of its own: '
                          f"choose {device.split(':')[0]!r}, not {device!r}.")
@@ -57,7 +60,8 @@ def require_image_bytes(array: np.ndarray, # samples as they were kept
     "Raise ValueError unless an array holds images of that shape as bytes."
     if array.dtype != np.uint8 or array.shape[1:] != shape:
         wanted = ', '.join(map(str, shape))
-        raise ValueError(f'samples of {array.dtype} and shape {array.shape}, not uint8 and (n, {wanted})')
+        raise ValueError(f'array must hold samples of the run, uint8 of shape (n, {wanted}), '
+                         f'not {array.dtype} of shape {array.shape}')
 
 # %% ../../nbs/library/97_image_task.ipynb #4e9c22f8
 @typed
@@ -75,11 +79,12 @@ LOSS_DRAWS, BOUND_DRAWS = 16, 32   # noise levels for each test image: of the fi
 @typed
 def judge_images(samples: torch.Tensor, # bytes, shape (n, C, H, W)
                  images: ImageSet,      # what they imitate
-                 device: str | torch.device = 'cpu', # where to compute
+                 device='cpu',          # where to compute
                  progress: Callable = None, # called as progress(phase, done, total)
                 ) -> dict: # measure -> what `feature_distance` and `fid` say; raises TypeError, ValueError
     "The distances that can be had: of features where there are labels, FID where its weights are."
     require_images('samples', samples, images.levels, least=2)
+    device = checked_device(device)
     found = {}
     if images.classes: found['feature_distance'] = feature_distance(samples, images)
     try: inception_file()
@@ -130,7 +135,7 @@ class ImageTask:
     @typed
     def validation(self, draws: int = 1, seed: int = 0) -> ValidationSet:
         "The fixed validation set: each of these images at so many noise levels."
-        draws = number('draws', draws, low=1, integer=True)
+        draws = number('draws', draws, low=1, high=10_000, integer=True)
         p, images = self.parameters, self.test_images().repeat(draws, 1, 1, 1)
         x = dequantize(images, p.levels, seeded(seed, p.device))
         exact = self.data.denoise if self.data.exact else None
@@ -174,9 +179,11 @@ class ImageTask:
             'weights': sum(w.numel() for w in net.parameters()),
             'distances': judge_images(samples, self.data, p.device, progress)}
 
-    def stored(self, samples) -> np.ndarray:
+    @typed
+    def stored(self, samples: torch.Tensor) -> np.ndarray:
         "Samples as they are kept."
-        return samples.numpy()
+        if samples.dtype == torch.uint8 and not samples.is_meta: return samples.numpy()
+        raise TypeError(f'samples must be bytes, not {shown(samples)}.')
 
     def restored(self, array) -> torch.Tensor:
         "Samples as they were kept. Raises ValueError if they are none of this run."

@@ -30,6 +30,7 @@ def _require_cells(low, high):
 
 def _checked_scale(name, scale, z, least=0):
     "A scale as a tensor in float64, finite and at least so large."
+    if z.is_meta: raise ValueError("z must hold numbers, not lie on the device 'meta'.")
     try: scale = torch.as_tensor(scale, dtype=torch.float64, device=z.device)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a number or a tensor of numbers, not {shown(scale)}.") from None
@@ -110,12 +111,14 @@ def _require_shape(images, shape, least=0):
 
 def _require_noisy(z, shape):
     "Check that z is a batch of noisy images of the set."
-    if z.is_floating_point() and z.shape[1:] == shape: return
+    if z.is_floating_point() and z.shape[1:] == shape and not z.is_meta: return
     raise ValueError(f"z must be a floating-point tensor of shape (n, 1, 8, 8), not {shown(z)}.")
 
 def _scale_of_each(name, scale, z, least=0):
     "A scale as one number for each example, float64 (n,)."
-    return expand(_checked_scale(name, scale, z, least), z).reshape(-1).expand(len(z))
+    scale = _checked_scale(name, scale, z, least)
+    try: return expand(scale, z).reshape(-1).expand(len(z))
+    except (ValueError, RuntimeError) as e: raise ValueError(f"{name}: {e}") from None
 
 # %% ../../nbs/library/53_image_templates.ipynb #7285db6f
 class Templates(ImageSet):
