@@ -8,7 +8,15 @@ import torch
 
 from lfdm.losses import DiffusionLoss
 from lfdm.networks import MLP
-from lfdm.training import TrainState, clip_gradients, ema_decay, require_data, train, warmed_up, with_precision
+from lfdm.training import (
+    TrainState,
+    clip_gradients,
+    ema_decay,
+    require_data,
+    train,
+    warmed_up,
+    with_precision,
+)
 from lfdm.validation import ValidationSet
 from trained import DATA, LOSS, Learning, X, everything, learning, new_net, new_state, same, trained
 
