@@ -75,7 +75,7 @@ class BetasSchedule(DDPMSchedule):
         "β_1 to β_T, float64."
         return self._betas
 
-# %% ../nbs/library/45_interop.ipynb #dd011b32
+# %% ../nbs/library/45_interop.ipynb #4344a2df
 def _require_scheduler(scheduler):
     "Raise TypeError unless it is a scheduler of diffusers."
     if not isinstance(scheduler, _diffusers().SchedulerMixin):
@@ -92,6 +92,7 @@ def _require_chain(scheduler):
         raise ValueError(f"this {type(scheduler).__name__} has {len(scheduler.betas)} betas, "
                          f"but num_train_timesteps={T}.")
 
+# %% ../nbs/library/45_interop.ipynb #de310d4e
 def _require_signal(scheduler):
     "Raise ValueError if its last level is pure noise."
     alpha_bar = scheduler.alphas_cumprod
@@ -102,6 +103,7 @@ def _require_signal(scheduler):
                          "which a schedule cannot express."
                          + rest * bool(scheduler.betas[-1] == 1))
 
+# %% ../nbs/library/45_interop.ipynb #dd011b32
 def _require_unshifted(scheduler):
     "Raise ValueError if a flow's levels are shifted."
     shift, by_image = scheduler.shift, scheduler.config['use_dynamic_shifting']
@@ -141,7 +143,7 @@ def from_diffusers(scheduler,  # a chain of noise levels, or FlowMatchEulerDiscr
     _require_signal(scheduler)
     return _chain(scheduler, logsnr_max), TARGETS[target]()
 
-# %% ../nbs/library/45_interop.ipynb #87e08cdc
+# %% ../nbs/library/45_interop.ipynb #0ee8f7fe
 def _chain(scheduler, logsnr_max):
     "The scheduler's levels: by name if they are what the name says, else by its β, else by its ᾱ."
     betas = scheduler.betas.detach().cpu()
@@ -155,6 +157,7 @@ def _chain(scheduler, logsnr_max):
 
 _close = partial(torch.allclose, rtol=1e-5, atol=0)
 
+# %% ../nbs/library/45_interop.ipynb #87e08cdc
 def _is_product(scheduler):
     "Is each ᾱ the product of the β up to it?"
     betas = scheduler.betas.detach()
@@ -168,7 +171,7 @@ def _named_chain(config, T, logsnr_max):
     low, high = config['beta_start'], config['beta_end']
     return DDPMSchedule(None, logsnr_max, T, low, high, name) if low <= high else None
 
-# %% ../nbs/library/45_interop.ipynb #daf4f028
+# %% ../nbs/library/45_interop.ipynb #fb7f30d5
 def _checked_kind(kind):
     "The scheduler class that a name or a class stands for; raises TypeError or ValueError."
     diffusers = _diffusers()
@@ -183,6 +186,7 @@ def _checked_kind(kind):
                          f"Choose one such as {', '.join(SCHEDULERS[:3])}.")
     return kind
 
+# %% ../nbs/library/45_interop.ipynb #85b83ace
 def _checked_prediction(target):
     "diffusers' prediction_type of a target; raises ValueError if it has none."
     for prediction, name in PREDICTIONS.items():
@@ -190,6 +194,7 @@ def _checked_prediction(target):
     raise ValueError(f"diffusers has no prediction_type for the target {target.name!r}, "
                      f"only for {', '.join(map(repr, PREDICTIONS.values()))}.")
 
+# %% ../nbs/library/45_interop.ipynb #410917fd
 def _checked_steps(schedule, T):
     "T; raises ValueError if the schedule has another number of levels, or moves."
     T = number('T', schedule.steps or 1000 if T is None else T, low=1, high=10**6, integer=True)
@@ -200,6 +205,7 @@ def _checked_steps(schedule, T):
         raise ValueError(f"{schedule!r} has {schedule.steps} levels of its own, not T = {T}.")
     return T
 
+# %% ../nbs/library/45_interop.ipynb #d6ab17c2
 def _require_preserving(schedule, level):
     "Raise ValueError unless α² + σ² = 1 at finite λ."
     if not torch.allclose(level.alpha**2 + level.sigma**2, torch.ones_like(level.alpha)):
@@ -211,6 +217,7 @@ def _require_preserving(schedule, level):
         raise ValueError(f"a level of {schedule!r} has logsnr {level.logsnr[~level.logsnr.isfinite()][0]:g}. "
                          "Choose a finite range.")
 
+# %% ../nbs/library/45_interop.ipynb #daf4f028
 def _require_distinct(scheduler, schedule, logsnr):
     "Raise ValueError if float32 makes two levels one, or the last one pure noise."
     alpha_bar, T = scheduler.alphas_cumprod, len(logsnr)
@@ -221,7 +228,7 @@ def _require_distinct(scheduler, schedule, logsnr):
         raise ValueError(f"the last step of {schedule!r} at T = {T}, to logsnr {logsnr[-1]:.4g}, "
                          "is pure noise in diffusers' float32. Choose a larger T, or a larger logsnr_min.")
 
-# %% ../nbs/library/45_interop.ipynb #515815df
+# %% ../nbs/library/45_interop.ipynb #19b948ec
 _DECIDED_BY = {'num_train_timesteps': 'T', 'prediction_type': 'target', 'trained_betas': 'schedule',
                'beta_schedule': 'schedule', 'beta_start': 'schedule', 'beta_end': 'schedule'}
 
@@ -233,12 +240,14 @@ def _require_options(options, kind):
             raise ValueError(f"{k} follows from {_DECIDED_BY[k]}: it cannot be given as {shown(value)}.")
         if k not in valid: raise ValueError(unknown(f'option of {kind.__name__}:', k, valid))
 
+# %% ../nbs/library/45_interop.ipynb #48dd19a4
 def _made(kind, options):
     "The scheduler; raises ValueError if diffusers refuses an option."
     try: return kind(**options)
     except (TypeError, ValueError, NotImplementedError) as e:
         raise ValueError(f"kind {kind.__name__} refuses an option: {' '.join(str(e).split()):.200}") from e
 
+# %% ../nbs/library/45_interop.ipynb #515815df
 def _require_kept(scheduler, prediction):
     "Raise ValueError unless the scheduler has the prediction it was made with, and the product of its β."
     name, said = type(scheduler).__name__, scheduler.config.get('prediction_type')
@@ -305,11 +314,12 @@ def _sample_of(answer):
     if hasattr(answer, 'sample') and not torch.is_tensor(answer): return answer.sample
     raise TypeError(f"unet must return an object with a field `sample`, not {shown(answer)}.")
 
-# %% ../nbs/library/45_interop.ipynb #dc557da8
+# %% ../nbs/library/45_interop.ipynb #9e99c610
 def _times(chain):
     "The network times u of a chain's levels, float64."
     return network_time(chain.logsnr(torch.arange(1, chain.steps + 1, dtype=torch.float64) / chain.steps))
 
+# %% ../nbs/library/45_interop.ipynb #890c1cb9
 class _Network(nn.Module):
     "unet(sample, timestep) as net(z, u)."
     time_dtype = torch.float32   # at least that for u: 16 bits cannot tell a thousand timesteps apart
@@ -331,6 +341,7 @@ class _Network(nn.Module):
         _require_prediction(y_hat, z)
         return y_hat
 
+# %% ../nbs/library/45_interop.ipynb #dc557da8
 @typed
 def as_network(unet: Callable, # unet(sample, timestep).sample, such as UNet2DModel
                schedule=None,  # the chain whose index it is told; None or a path: it is told 1000u
@@ -381,7 +392,7 @@ class _UNet(nn.Module):
         _require_prediction(y_hat, sample)
         return SimpleNamespace(sample=y_hat) if return_dict else (y_hat,)
 
-# %% ../nbs/library/45_interop.ipynb #10144a3a
+# %% ../nbs/library/45_interop.ipynb #d4fcf3d0
 @typed
 def as_unet(net: Callable,  # net(z, u)
             schedule,       # the chain whose timesteps it will be given: name, class or instance
@@ -392,6 +403,7 @@ def as_unet(net: Callable,  # net(z, u)
     _require_timesteps(chain)
     return _UNet(net, _times(chain), _checked_shape(shape))
 
+# %% ../nbs/library/45_interop.ipynb #10144a3a
 def _require_timesteps(schedule):
     "Raise ValueError if a schedule is a path."
     if not schedule.steps:

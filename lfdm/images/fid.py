@@ -39,7 +39,7 @@ def moments(features, # shape (n, F), or its batches one after the other
     if n < 2: raise ValueError(f"features must be of at least 2 samples, for a covariance, not of {n}.")
     return mean, scatter / (n - 1)
 
-# %% ../../nbs/library/83_image_fid.ipynb #a86796f4
+# %% ../../nbs/library/83_image_fid.ipynb #f916a26f
 def _no_features(features):
     return TypeError(f"features must be a tensor of shape (n, F), or batches of it, not {shown(features)}.")
 
@@ -53,6 +53,7 @@ def _batches_of(features):
     try: return iter(features)
     except TypeError: raise _no_features(features) from None
 
+# %% ../../nbs/library/83_image_fid.ipynb #a86796f4
 def _require_features(batch, n, mean):
     "Check a batch of features that follows n others with this mean."
     known = torch.is_tensor(batch) and batch.ndim == 2 and not batch.is_meta
@@ -116,7 +117,7 @@ def frechet_distance(mean_x: Numeric, # shape (F,)
 INCEPTION_FILE, INCEPTION_DIGEST = 'pt_inception-2015-12-05-6726825d.pth', '6726825d'
 INCEPTION_DIMS = (64, 192, 768, 2048)
 
-# %% ../../nbs/library/83_image_fid.ipynb #f673b84a
+# %% ../../nbs/library/83_image_fid.ipynb #ca86301a
 @typed
 def inception_file(weights: str | os.PathLike = None, # a file; default: torch's folder of downloads
                    download: bool = False, # fetch it if it is not there?
@@ -128,6 +129,7 @@ def inception_file(weights: str | os.PathLike = None, # a file; default: torch's
     if not download: raise FileNotFoundError(_no_weights(path))
     return _downloaded(path)
 
+# %% ../../nbs/library/83_image_fid.ipynb #f673b84a
 def _checked_file(weights):
     "A file of weights that the user names."
     path = Path(weights).expanduser()
@@ -169,7 +171,7 @@ def inception(weights: str | os.PathLike = None, # a file; default: torch's fold
     net.digest, net.dims = hashlib.sha256(content).hexdigest()[:8], dims
     return net.eval().to(device)
 
-# %% ../../nbs/library/83_image_fid.ipynb #ad2aa11d
+# %% ../../nbs/library/83_image_fid.ipynb #7c68c060
 MOST_WEIGHTS = 2**28   # bytes; the official file has 95 MB, and in float64 it would have 190
 
 def _require_size(path, size):
@@ -178,6 +180,7 @@ def _require_size(path, size):
         raise ValueError(f"{str(path)[:150]!r} would take {size / 1e6:,.0f} MB of memory, "
                          "and the weights of FID's Inception network take 95.")
 
+# %% ../../nbs/library/83_image_fid.ipynb #ad2aa11d
 def _claimed(content):
     "The bytes that the tensors in a file say they have; nothing is allocated."
     if zipfile.is_zipfile(io.BytesIO(content)):
