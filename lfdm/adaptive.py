@@ -165,7 +165,7 @@ class AdaptiveSchedule(Schedule):
     def state(self):
         "What has been learned, for a checkpoint."
         h = self._history
-        return {'history': h.averages.clone(), 'recent': h.recent.clone(), 'largest': torch.tensor(h.largest)}
+        return {'history': h.averages.clone(), 'recent': h.recent, 'largest': torch.tensor(h.largest)}
 
     @typed
     def load_state(self,
@@ -173,7 +173,7 @@ class AdaptiveSchedule(Schedule):
                   ):             # raises ValueError if it is another schedule's
         "Go back to a state."
         _require_state(self, state)
-        self._history.recent, self._history.largest = state['recent'].clone(), state['largest'].item()
+        self._history.recent, self._history.largest = state['recent'], state['largest'].item()
         self._history.set(state['history'].double().clone())
 
 # %% ../nbs/library/14_adaptive.ipynb #4b433a9c

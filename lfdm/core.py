@@ -202,6 +202,7 @@ def checked_device(device,            # 'cpu', 'cuda', 'cuda:1', 'mps', or a tor
     "A device, if this machine has it."
     if not isinstance(device, str | torch.device):
         raise TypeError(f"{name} must be a name such as 'cpu' or 'cuda', not {shown(device)}.")
+    if str(device) == 'cpu': return torch.device('cpu')   # at once: to ask for GPUs takes a while
     there = ['cpu', *(f'cuda:{i}' for i in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available(): there.append('mps')
     if str(device) in there + ['cuda'] * torch.cuda.is_available() + ['mps:0'] * ('mps' in there):

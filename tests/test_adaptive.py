@@ -87,6 +87,16 @@ def test_ordinary_batches_are_averaged_as_ever_and_small_ones_have_a_version():
         torch.testing.assert_close(s._history.averages, averages, rtol=1e-12, atol=0, equal_nan=True)
 
 
+def test_small_batches_fade_and_weigh_as_their_bins_are_seldom_visited():
+    s = AdaptiveSchedule(0, 3, bins=3, decay=0.9, uniform=1e-6)
+    s.load_state(s.state() | {"history": torch.tensor([8., 1., 1.], dtype=f64)})
+    total = weight = 0.
+    for logsnr, value, own in ((2.5, 8., 10 / 24), (1.5, 1., 1.), (0.5, 3., 1.)):
+        s.observe([logsnr], [value])
+        total, weight = (q * 0.9**0.1 + own * more for q, more in ((total, value), (weight, 1)))
+        assert s._history.averages == pytest.approx([total / weight] * 3, rel=1e-5)   # too few for one bin
+
+
 def test_an_adapted_schedule_still_estimates_the_integral():
     "the mean of w L′/p over its times is the integral of w L′, with less variance when adapted"
     profile = lambda k: (-(k - 2)**2).exp() + 0.1

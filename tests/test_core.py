@@ -305,6 +305,16 @@ def test_a_file_is_whole_or_the_former_one(tmp_path):
     assert path.read_text() == 'new' and os.listdir(tmp_path) == ['file']
 
 
+def test_a_file_is_on_the_disk_before_it_has_its_name_and_no_link_is_written_through(tmp_path, monkeypatch):
+    path, draft, outside, done = tmp_path / 'file', tmp_path / 'draft', tmp_path / 'outside', []
+    outside.write_text('not ours')
+    draft.symlink_to(outside)
+    monkeypatch.setattr('lfdm.core.sync', lambda p: done.append((p, path.exists())))
+    with write_whole(path, draft) as d: d.write_text('new')
+    assert done == [(draft, False), (tmp_path, True)]
+    assert (path.read_text(), outside.read_text(), path.is_symlink()) == ('new', 'not ours', False)
+
+
 def test_a_killed_writer_leaves_the_former_file(tmp_path):
     path, draft = tmp_path / 'file', tmp_path / 'draft'
     path.write_text('former')

@@ -9,9 +9,11 @@ import torch
 from papermill.cli import _resolve_type
 
 from lfdm import parameters
+from lfdm.adaptive import AdaptiveSchedule
 from lfdm.data import DATASETS
 from lfdm.parameters import RANGE_FIELDS, RESULTS_VERSION, Parameters, parameters_from, valid_names
 from lfdm.runs import beside, folder_of
+from lfdm.schedules import Schedule
 from lfdm.tasks import RUN_KINDS, kind_of
 from tiny import Tiny, register, small
 
@@ -144,3 +146,14 @@ def test_a_record_of_another_time_and_another_device():
     record = {k: v for k, v in dataclasses.asdict(small()).items() if k not in Parameters.ADDED}
     assert Parameters.from_record(record) == small()
     assert Parameters.from_record(record | dict(device="cuda:7")).device == "cuda:7"
+
+
+def test_only_a_schedule_whose_numbers_changed_has_another_name(monkeypatch):
+    "a mend of what small batches learn, or of lost levels, must not be taken for a run from before"
+    shifted = "shifted_cosine(shift=10)"
+    ordinary = [Parameters(schedule="adaptive"), Parameters(), Parameters(schedule="shifted_cosine")]
+    changed = [Parameters(schedule="adaptive", batch_size=4), Parameters(schedule=shifted)]
+    before = [p.slug() for p in (*ordinary, *changed)]
+    for schedule in (AdaptiveSchedule, Schedule): monkeypatch.setattr(schedule, "version", lambda self, n=None: 1)
+    after = [p.slug() for p in (*ordinary, *changed)]
+    assert after[:3] == before[:3] and not set(after[3:]) & set(before)
