@@ -1,5 +1,6 @@
 "Names, reprs, points and small runs stay what they were, bit for bit: older records keep their meaning."
 import json
+from functools import cache
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import pinned
+from lfdm.images import parameters
 from lfdm.runs import load_run
 
 STORED = {path.stem: json.loads(path.read_text()) for path in pinned.FOLDER.glob("*.json")}
@@ -27,7 +29,8 @@ def made(tmp_path_factory):
     return {folder.name: folder for folder in folders}
 
 
-def test_names_and_reprs():
+def test_names_and_reprs(monkeypatch):
+    monkeypatch.setattr(parameters, "require_network", cache(parameters.require_network))   # once for each
     now = pinned.names()
     assert now.keys() >= STORED["names"].keys()
     assert {k: v for k, v in now.items() if k in STORED["names"]} == STORED["names"]
