@@ -176,6 +176,7 @@ class AdaptiveSchedule(Schedule):
         self._history.recent, self._history.largest = state['recent'].clone(), state['largest'].item()
         self._history.set(state['history'].double().clone())
 
+# %% ../nbs/library/14_adaptive.ipynb #4b433a9c
 def _require_state(schedule, state):
     "Raise ValueError unless the state is one of this schedule's."
     for name, own in schedule.state().items():

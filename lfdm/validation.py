@@ -93,7 +93,7 @@ def _require_examples(x):
     "Raise ValueError unless there are two examples or more, all of them finite."
     if x.ndim < 2 or len(x) < 2:
         raise ValueError(f'x must hold two examples or more, shape (n, ...), not shape {tuple(x.shape)}.')
-    if x.is_meta or not x.isfinite().all(): raise ValueError('x must be finite, without nan.')
+    if not x.isfinite().all(): raise ValueError('x must be finite, without nan.')
 
 def _beside(loss, others):
     "The loss under each of the other weightings."

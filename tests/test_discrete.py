@@ -100,7 +100,7 @@ def test_nan_is_at_no_level(s):
 
 
 def test_a_chain_that_ends_in_signal_warns():
-    for T, says in ((10, "T = 10 steps ends at logsnr 2.24, with 3.1 times"), (50, "at logsnr 0.42")):
+    for T, says in ((10, "T = 10 steps ends at logsnr 2.24, with 3.1 times"), (50, "at logsnr 0.418")):
         with pytest.warns(UserWarning, match=says): DDPMSchedule(T=T)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -8,7 +8,15 @@ import torch
 
 from lfdm.losses import DiffusionLoss
 from lfdm.networks import MLP
-from lfdm.training import TrainState, clip_gradients, ema_decay, train, warmed_up, with_precision
+from lfdm.training import (
+    TrainState,
+    clip_gradients,
+    ema_decay,
+    require_data,
+    train,
+    warmed_up,
+    with_precision,
+)
 from lfdm.validation import ValidationSet
 from trained import DATA, LOSS, Learning, X, everything, learning, new_net, new_state, same, trained
 
@@ -49,7 +57,8 @@ def test_what_is_refused(function, name, wrong):
     (X / 0, "x must be finite"), (X[:0], "x must hold an example"), (X[:, 0], "x must hold an example"),
     (X.to("meta"), "x must lie where the network does, on cpu")], ids=["nan", "none", "flat", "elsewhere"])
 def test_data_that_nothing_can_be_learned_from(x, says):
-    with pytest.raises(ValueError, match=says): trained(new_state(), 3, x=x)
+    with pytest.raises(ValueError, match=says): require_data("x", x, new_state())
+    with pytest.raises(ValueError, match="^x must"): trained(new_state(), 3, x=x)
 
 
 @pytest.mark.parametrize("loss", [3., torch.ones(2, requires_grad=True), torch.ones(())], ids=str)
