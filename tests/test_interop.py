@@ -30,7 +30,7 @@ from lfdm.schedules import SCHEDULES, network_time  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning", "ignore:.*found in sys.modules:RuntimeWarning",
-    "ignore:.*:FutureWarning")
+    "ignore:.*:FutureWarning", "ignore:the chain of T:UserWarning")
 f32, f64 = torch.float32, torch.float64
 equal, close = torch.equal, torch.testing.assert_close
 few = settings(max_examples=20, deadline=None, derandomize=True, database=None)
