@@ -173,7 +173,10 @@ class RunParameters:
         "A readable name that ends in a hash of the parameters and the results version."
         words = '-'.join((self.dataset, self.target, self.weighting, self.schedule, f's{self.seed}'))
         readable = _one_name(re.sub(r'[(=, ]+', '_', words).replace(')', '')[:120])
-        record = json.dumps({'results': RESULTS_VERSION} | self._counted(), sort_keys=True)
+        schedule = schedule_named(self.schedule, self.logsnr_min, self.logsnr_max)
+        version = schedule.version(self.batch_size)   # above 1 where a mend changed its numbers
+        mended = {'schedule_version': version} if version > 1 else {}
+        record = json.dumps({'results': RESULTS_VERSION} | self._counted() | mended, sort_keys=True)
         return f'{readable}-{hashlib.sha256(record.encode()).hexdigest()[:8]}'
 
     def _counted(self):

@@ -151,9 +151,11 @@ def test_a_record_of_another_time_and_another_device():
 def test_only_a_schedule_whose_numbers_changed_has_another_name(monkeypatch):
     "a mend of what small batches learn, or of lost levels, must not be taken for a run from before"
     shifted = "shifted_cosine(shift=10)"
-    ordinary = [Parameters(schedule="adaptive"), Parameters(), Parameters(schedule="shifted_cosine")]
-    changed = [Parameters(schedule="adaptive", batch_size=4), Parameters(schedule=shifted)]
+    adaptive = dict(schedule="adaptive", weighting="nelbo")
+    ordinary = [Parameters(**adaptive), Parameters(), Parameters(schedule="shifted_cosine")]
+    changed = [Parameters(batch_size=4, **adaptive), Parameters(schedule=shifted)]
     before = [p.slug() for p in (*ordinary, *changed)]
-    for schedule in (AdaptiveSchedule, Schedule): monkeypatch.setattr(schedule, "version", lambda self, n=None: 1)
+    for schedule in (AdaptiveSchedule, Schedule):
+        monkeypatch.setattr(schedule, "version", lambda self, n=None: 1)
     after = [p.slug() for p in (*ordinary, *changed)]
     assert after[:3] == before[:3] and not set(after[3:]) & set(before)

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..core import Numeric, checked_device, number, shown, typed
+from ..core import Numeric, checked_device, checked_seed, number, shown, typed
 from .data import require_images
 
 # %% ../../nbs/library/83_image_fid.ipynb #fd0544ba
@@ -300,7 +300,7 @@ def _require_conditions(report, sampler, steps, ema, seed):
         raise TypeError(f"sampler must be a name or None, not {shown(sampler)}.")
     if steps is not None: number('steps', steps, low=1, integer=True)
     if ema is not None: number('ema', ema, low=0, high=1)
-    if seed is not None: number('seed', seed, low=0, integer=True)
+    if seed is not None: checked_seed(seed)
 
 # %% ../../nbs/library/83_image_fid.ipynb #a7078bfc
 def _stated_bound(r): return f"{r['total']:.3f} ± {r['se']:.3f} bits/dim, n = {r['n']:,}"
