@@ -160,8 +160,9 @@ def test_bad_options(name, bad, message):
 
 
 @pytest.mark.parametrize('u, dim, message', [
-    (torch.tensor(0.5), 4, 'u must'), (torch.zeros(3, 1), 4, 'u must'), (torch.zeros(3), 3, 'dim must be even'),
-    (torch.zeros(3), 0, 'dim must'), (torch.ones(3).to(torch.complex64), 4, 'u must'), (None, 4, 'u must')])
+    (torch.tensor(0.5), 4, 'u must'), (torch.zeros(3, 1), 4, 'u must'),
+    (torch.zeros(3), 3, 'dim must be even'), (torch.zeros(3), 0, 'dim must'), (None, 4, 'u must'),
+    (torch.ones(3).to(torch.complex64), 4, 'u must')])
 def test_times_that_have_no_embedding(u, dim, message):
     with pytest.raises((TypeError, ValueError), match=message): time_embedding(u, dim)
 
