@@ -159,6 +159,14 @@ def test_bad_options(name, bad, message):
     with pytest.raises((TypeError, ValueError), match=message): tiny(**{name: bad})
 
 
+@pytest.mark.parametrize('u, dim, message', [
+    (torch.tensor(0.5), 4, 'u must'), (torch.zeros(3, 1), 4, 'u must'),
+    (torch.zeros(3), 3, 'dim must be even'), (torch.zeros(3), 0, 'dim must'), (None, 4, 'u must'),
+    (torch.ones(3).to(torch.complex64), 4, 'u must')])
+def test_times_that_have_no_embedding(u, dim, message):
+    with pytest.raises((TypeError, ValueError), match=message): time_embedding(u, dim)
+
+
 @pytest.mark.parametrize('shape', [(3, 2), (3, 1, 8, 8), (2, 8, 8)])
 def test_data_that_are_no_such_images(shape):
     with pytest.raises(ValueError, match=rf'images of shape \(n, 2, H, W\), not \({shape[0]}'):
