@@ -55,8 +55,9 @@ def unknown(kind: str,  # what the name should name, e.g. 'target'
            ) -> str:    # the message
     "One short sentence for a bad name: the value, the nearest valid name and the valid names."
     names = [str(v) for v in valid]
-    near = difflib.get_close_matches(str(name)[:70].lower(), names, n=1, cutoff=0.5)
-    hint = f' Did you mean {near[0]!r}?' if near else ''
+    lower = {v.lower(): v for v in names}
+    near = difflib.get_close_matches(str(name)[:70].lower(), lower, n=1, cutoff=0.5)
+    hint = f' Did you mean {lower[near[0]]!r}?' if near else ''
     text = f'unknown {kind} {short(name)}.{hint} Valid: '
     return f'{text}{listed(names, LONGEST - len(text) - 6)}.'
 

@@ -27,7 +27,8 @@ def predict(net: Callable,    # network: (z of shape (n, ...), u of shape (n,)) 
     dtype, z, level = _shown_dtype(net, dtype or z.dtype), widened(z), Level(*map(widened, level))
     _require_level(z, level)
     u = network_time(level.logsnr).expand(len(z))
-    y_hat = _answer(net, (z / expand(_scale(level), z)).to(dtype), u.to(dtype))
+    time_dtype = torch.promote_types(dtype, getattr(net, 'time_dtype', dtype))
+    y_hat = _answer(net, (z / expand(_scale(level), z)).to(dtype), u.to(time_dtype))
     _require_prediction(y_hat, z)
     return y_hat
 

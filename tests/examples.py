@@ -77,6 +77,9 @@ RIGHT = {
         ["run"],
         ["a word", "no word"],
     ),  # a run's name
+    ("UNet", "multipliers", "3"), ("UNet", "attention", "3"),   # one level; at one resolution
+    *itertools.product(["stated"], ["sampler"], ["a word", "no word", "3"]),   # text of the user's
+    *itertools.product(["stated"], ["sampler", "steps", "ema", "seed"], ["None"]),
     ("content_digest", "metadata", "a dict"),
     ("parameters_from", "namespace", "a dict"),
 }  # the message names the parameter in it

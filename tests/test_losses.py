@@ -282,3 +282,16 @@ def test_it_learns_w_times_the_loss_per_level():
     assert values[-1].std() < 0.8 * values[0].std()
 
 
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+def test_a_network_that_asks_for_fine_times_gets_them(dtype):
+    "16 bits do not tell 1,000 timesteps apart"
+    class Fine(torch.nn.Linear):
+        time_dtype = torch.float32
+        def forward(self, z, u): self.seen = z.dtype, u; return super().forward(z)
+    schedule, t = CosineSchedule(), torch.linspace(.4, .6, 500)
+    net, level = Fine(2, 2).to(dtype), CosineSchedule().level(t)
+    predict(net, torch.zeros(500, 2, dtype=dtype), level)
+    z_dtype, u = net.seen
+    assert z_dtype == dtype and u.dtype == f32 and u.equal(network_time(schedule.logsnr(t)))
