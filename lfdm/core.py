@@ -256,6 +256,7 @@ def _is_a(name, value, kinds):
     for kind in kinds:
         if kind is Callable or getattr(kind, '_is_protocol', False): fits = callable(value)
         else: fits = isinstance(value, {list: (list, tuple)}.get(kind, kind))
+        fits = fits or kind.__name__ in (c.__name__ for c in type(value).__mro__)   # defined in a notebook
         if fits: return value
     wanted = ' or '.join('callable' if k is Callable else k.__name__ for k in kinds)
     raise TypeError(f'{name} must be a {wanted}, not {shown(value)}.')

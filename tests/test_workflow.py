@@ -148,7 +148,7 @@ def test_a_deleted_run_is_made_again(folder, monkeypatch):
     (dict(tagret=["x"]), "unknown axis 'tagret'. Did you mean 'target'? Valid: 'study', 'dataset', "),
     (dict(dataset=["ring", "rnig"]), "unknown dataset 'rnig'. Did you mean 'ring'? Valid: 'cluster', "),
     (dict(seed=[]), "axis 'seed' of the grid is empty."), (dict(study="empty"), "the grid is empty."),
-    (dict(seed=0, study="../x"), "study must be a plain folder name, not '../x'."),
+    (dict(seed=0, study="../x"), "study must be a plain folder name, not '../x' (str)."),
     (dict(kind="image"), "unknown kind of run 'image'. Did you mean 'images'?"),
     (dict(kind="images", dataset="folder", path="nowhere"), "there is no folder 'nowhere'"),
     (dict(kind="images", seed=0, also=[dict(content="x")]), "unknown axis 'content'."),
