@@ -16,7 +16,7 @@ from functools import cached_property, wraps
 import torch
 from torch.distributions import Normal
 
-from .core import Numeric, checked_seed, expand, number, shown, typed, unknown
+from .core import Numeric, expand, number, shown, typed, unknown
 
 # %% ../nbs/library/50_data.ipynb #e3ca31a5
 class NoDensity(ValueError):
@@ -31,7 +31,7 @@ def stream(name: str,   # the data set's name
           ) -> torch.Generator:  # a CPU generator; raises ValueError or TypeError
     "The random stream that belongs to one split of one data set under one seed."
     if split not in SPLITS: raise ValueError(unknown('split', split, SPLITS))
-    key = f"{name}/{split}/{checked_seed(seed)}".encode()
+    key = f"{name}/{split}/{number('seed', seed, low=0, integer=True)}".encode()
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:8], 'big') >> 1)
 
 # %% ../nbs/library/50_data.ipynb #33e84766

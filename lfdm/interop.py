@@ -17,6 +17,7 @@ from torch import nn
 
 from .core import Numeric, instance, lookup, number, shown, typed, unknown
 from .discrete import DDPMSchedule
+from .losses import require_prediction
 from .schedules import SCHEDULES, RectifiedFlowSchedule, Schedule, network_time
 from .targets import TARGETS, Target
 
@@ -301,14 +302,6 @@ def to_diffusers(schedule='cosine',     # what preserves variance: name, class o
     return scheduler
 
 # %% ../nbs/library/45_interop.ipynb #003419f9
-def _require_prediction(y_hat, z):
-    "Raise TypeError or ValueError unless a network's answer is a tensor of z's shape."
-    if not torch.is_tensor(y_hat):
-        raise TypeError(f"the network's prediction must be a tensor, not {shown(y_hat)}.")
-    if y_hat.shape != z.shape:
-        raise ValueError(f"the network's prediction has shape {tuple(y_hat.shape)}, not {tuple(z.shape)}, "
-                         "which it is shown. (Does it give a variance as well?)")
-
 def _sample_of(answer):
     "The prediction in the answer of a network of diffusers."
     if hasattr(answer, 'sample') and not torch.is_tensor(answer): return answer.sample
@@ -338,7 +331,7 @@ class _Network(nn.Module):
 
     def forward(self, z, u):
         y_hat = _sample_of(self.unet(z, self.timestep(u), **self.options))
-        _require_prediction(y_hat, z)
+        require_prediction(y_hat, z)
         return y_hat
 
 # %% ../nbs/library/45_interop.ipynb #dc557da8
@@ -389,7 +382,7 @@ class _UNet(nn.Module):
         k = _checked_timesteps(timestep, len(sample), len(self.times), sample.device)
         dtype = torch.promote_types(sample.dtype, getattr(self.net, 'time_dtype', sample.dtype))
         y_hat = self.net(sample, self.times[k].to(dtype))
-        _require_prediction(y_hat, sample)
+        require_prediction(y_hat, sample)
         return SimpleNamespace(sample=y_hat) if return_dict else (y_hat,)
 
 # %% ../nbs/library/45_interop.ipynb #d4fcf3d0

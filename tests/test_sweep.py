@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from examples import LEFT, RIGHT
 from sweep import library, prepared, sweep, swept
 
 torch.set_num_threads(1)
@@ -41,6 +42,14 @@ def test_the_sweep_notices():
     assert "silent" in found_in(silent)
     for function in (raw, long, nameless): assert "unclear" in found_in(function), function
     assert found_in(clear) <= {"clear", "right"}
+
+
+def test_no_example_is_left_of_what_is_gone(table):
+    names = {name for module in MODULES.values() for name, _ in swept(module, table, set())}
+    assert not {name for name in table[1] if name[0] != "."} - names
+    assert not {name for name, *_ in RIGHT} - names
+    public = {name for module in MODULES.values() for name in module.__all__}
+    assert not {name.partition(".")[0] for name in LEFT} - public
 
 
 def test_a_function_without_an_example_says_so():
