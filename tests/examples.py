@@ -61,8 +61,7 @@ LEFT = {
         ],
         "called by its owner",
     ),
-    **dict.fromkeys(["inception", "inception_file", "fid", "CIFAR10"], "needs files that are not here"),
-    "mixture_sum": "the inner sum of GaussianMixture",
+    **dict.fromkeys(["inception", "inception_file", "fid", "CIFAR10"], "needs files that are not here")}
 }
 
 # What looks wrong and is right here: (function, argument, kind).
