@@ -62,7 +62,6 @@ LEFT = {
         "called by its owner",
     ),
     **dict.fromkeys(["inception", "inception_file", "fid", "CIFAR10"], "needs files that are not here")}
-}
 
 # What looks wrong and is right here: (function, argument, kind).
 RIGHT = {
