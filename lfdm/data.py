@@ -16,6 +16,7 @@ from functools import cached_property, wraps
 import torch
 from torch.distributions import Normal
 
+from .cache import remembered
 from .core import Numeric, expand, number, shown, typed, unknown
 
 # %% ../nbs/library/50_data.ipynb #e3ca31a5
@@ -53,6 +54,7 @@ class Dataset:
     "Anything to sample from: a subclass sets `dim` and has `draw(n, generator) -> (n, dim)`."
     dim = 2            # D, the number of coordinates
     exact = False      # are density, score, denoiser and floors known?
+    made_of = ()       # all that its points depend on, for what is kept of it; empty: unknown, nothing is kept
     n_train = n_test = 50_000
 
     @property
@@ -253,16 +255,21 @@ def rowwise(method,   # method(self, z, alpha, sigma) -> one row for each row of
     return checked
 
 # %% ../nbs/library/50_data.ipynb #datatable1
-def _v_floor_table(mixture):
-    "The log of the v-floor as a spline over logsnr, and the range it covers."
-    from scipy.interpolate import CubicSpline
+def _v_floors(mixture):
+    "The log of the v-floor over logsnr, as arrays."
     end = max(14., 9 - 2 * mixture.stds.min().log().item())
     logsnr = torch.arange(-14., end + 1 / 16, 1 / 16, dtype=torch.float64)
     alpha, sigma = logsnr.sigmoid().sqrt(), (-logsnr).sigmoid().sqrt()
     scales = list(zip(alpha.tolist(), sigma.tolist()))
     eps = [mixture.eps_error(*pair) for pair in reversed(scales)]   # the finest grid first: it may not fit
     v = torch.tensor(eps[::-1], dtype=torch.float64) / logsnr.sigmoid()
-    return CubicSpline(logsnr, v.log()), logsnr[0].item(), logsnr[-1].item()
+    return {'logsnr': logsnr.numpy(), 'log_v': v.log().numpy()}
+
+def _ours(mixture, *methods):
+    "Are its methods those of GaussianMixture? What is kept of a subclass of others would depend on these."
+    return all(getattr(type(mixture), name) is getattr(GaussianMixture, name) for name in methods)
+
+_QUADRATURE = _v_floors, _quadrature_axes, _near_components, _component_masses, _mixture_sum, checked_level
 
 # %% ../nbs/library/50_data.ipynb #2025c308
 class GaussianMixture(Dataset):
@@ -294,6 +301,12 @@ class GaussianMixture(Dataset):
         k = torch.searchsorted(self.weights.cumsum(0), u, right=True).clamp(max=len(self.weights) - 1)
         eps = torch.randn(n, self.dim, generator=generator, dtype=torch.float64)
         return self.means[k] + self.stds[k] * eps
+
+    @property
+    def made_of(self) -> tuple:
+        "All that its points depend on; a subclass that draws in another way is not known."
+        if not _ours(self, 'draw', 'sample'): return ()
+        return self.name, self.weights, self.means, self.stds, GaussianMixture.draw, Dataset.sample, stream
 
     def _by_dimension(self, z):
         "z, shape (D, n, 1); mu_k and s_k^2, shape (D, 1, K), on z's device."
@@ -394,7 +407,12 @@ class GaussianMixture(Dataset):
     @cached_property
     def _table(self):
         "The log of the v-floor as a spline over logsnr, and the range it covers."
-        return _v_floor_table(self)
+        from scipy.interpolate import CubicSpline
+        parts = self.weights, self.means, self.stds, GaussianMixture.eps_error, *_QUADRATURE
+        def make(): return _v_floors(self)
+        found = remembered('floors', make, parts) if _ours(self, 'eps_error', '_axes') else make()
+        logsnr, log_v = found['logsnr'], found['log_v']
+        return CubicSpline(logsnr, log_v), logsnr[0].item(), logsnr[-1].item()
 
     def _part_of_v_floor(self, logsnr, part):
         "part(logsnr) times the v-floor: interpolated, and exponentially close to 1 outside the table."

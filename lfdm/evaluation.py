@@ -13,6 +13,7 @@ from functools import lru_cache
 
 import torch
 
+from .cache import remembered
 from .core import checked_seed, number, shown, typed
 from .data import checked_logsnr
 from .losses import DiffusionLoss
@@ -157,7 +158,14 @@ def noise_floor(distance: Callable, # distance(x, y) -> float
     return values.mean().item(), values.std().item()
 
 # %% ../nbs/library/90_evaluation.ipynb #5b8845ea
-_noise_floor = lru_cache(noise_floor)   # many models are judged beside the same two sets of real data
+@lru_cache   # many models are judged beside the same two sets of real data
+def _noise_floor(distance, dataset, n, repeats):
+    "As above; that of a known set is made once for all processes."
+    def make(): return dict(zip(('mean', 'sd'), noise_floor(distance, dataset, n, repeats=repeats)))
+    of = getattr(dataset, 'made_of', ())
+    parts = *of, distance, unit_vectors, noise_floor, n, repeats
+    found = remembered('noise', make, parts) if of else make()
+    return float(found['mean']), float(found['sd'])
 
 @typed
 def judge(samples: torch.Tensor,  # generated, shape (n, D)

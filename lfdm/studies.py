@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'WAYS', 'CURVES', 'PER_LOGSNR', 'FIRST_SEED', 'SAMPLED', 'error_variance', 'arrow_grid', 'learned_score',
-           'outside', 'sample_quality', 'network_quality', 'measure', 'npz_bytes', 'cached_arrays', 'measured',
-           'all_cached', 'Record', 'load_record', 'flat', 'condense', 'make_record', 'mean_sd', 'table']
+           'outside', 'sample_quality', 'network_quality', 'measure', 'measured', 'all_cached', 'Record', 'load_record',
+           'flat', 'condense', 'make_record', 'mean_sd', 'table']
 
 # %% ../nbs/library/98_studies.ipynb #aa03ff93
 import hashlib
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from joblib import delayed
 
+from .cache import cached_arrays, npz_bytes, require_array
 from .core import instance, lookup, number, shown, typed, unknown, write_whole
 from .data import Dataset
 from .evaluation import judge, sliced_wasserstein
@@ -232,50 +233,6 @@ def _require_settings(p, settings):
     if set(settings['steps']) <= {p.sample_steps}:
         raise ValueError(f"steps must hold another number than the run's own, {p.sample_steps}.")
 
-# %% ../nbs/library/98_studies.ipynb #aa7e00a9
-@typed
-def npz_bytes(arrays: dict,  # name -> array of numbers or text
-             ) -> bytes:     # of an .npz file
-    "Arrays as the bytes of a file; the same for the same arrays."
-    for name, a in arrays.items(): _require_array('arrays', name, a)
-    with io.BytesIO() as file:
-        np.savez_compressed(file, **arrays)
-        return file.getvalue()
-
-def _require_array(what, name, array):
-    "Raise TypeError unless it can be stored without pickle."
-    if not isinstance(name, str) or np.asarray(array).dtype.hasobject:
-        raise TypeError(f'{what} must be named arrays of numbers or text, not {shown({name: array})}.')
-
-def _write(path, content):
-    with write_whole(path) as draft: draft.write_bytes(content)
-
-# %% ../nbs/library/98_studies.ipynb #2d00ae9c
-@typed
-def cached_arrays(path: str | Path,  # of an .npz file
-                  make: Callable,    # make() -> dict of arrays
-                 ) -> dict:          # name -> array; if the file cannot be written, a warning says so
-    "Arrays from their file, made first if it is not there or damaged."
-    path = Path(path)
-    try:
-        with np.load(path) as f: return dict(f)
-    except Exception: pass
-    arrays = _made_by(make)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write(path, npz_bytes(arrays))
-    except OSError as e: warnings.warn(f'these measurements are not kept, for {path}: {e}', stacklevel=2)
-    return arrays
-
-# %% ../nbs/library/98_studies.ipynb #5607f036
-def _made_by(make):
-    "What it makes, as arrays."
-    made = make()
-    if not isinstance(made, dict): raise TypeError(f'make must return a dict of arrays, not {shown(made)}.')
-    arrays = {name: np.asarray(a) for name, a in made.items()}
-    for name, a in arrays.items(): _require_array('what make returns', name, a)
-    return arrays
-
 # %% ../nbs/library/98_studies.ipynb #73c33b65
 def _digest(settings, length):
     "Letters that stand for settings of plain values; raises TypeError."
@@ -377,6 +334,9 @@ class Record:
         _write(path, (json.dumps(content, indent=1) + '\n').encode())
         return path
 
+def _write(path, content):
+    with write_whole(path) as draft: draft.write_bytes(content)
+
 def _record_path(name, scale): return place('records', scale) / f'{suffixed(name, scale)}.json'
 
 # %% ../nbs/library/98_studies.ipynb #7648cef6
@@ -386,7 +346,7 @@ def _require_rows(rows):
 
 def _require_one_for_each(name, array, rows):
     "An array must have one entry for each of the first runs."
-    _require_array('arrays', name, array)
+    require_array('arrays', name, array)
     if not np.ndim(array): raise ValueError(f'arrays must have the runs as first axis, {name!r} has none.')
     if len(array) > len(rows):
         raise ValueError(f"array {name!r} has {len(array)} entries for {len(rows)} runs.")

@@ -112,17 +112,8 @@ def ended(tests):
     return found
 
 
-def warm():
-    "Import what notebooks import, and make the tables behind the floors of the sets that runs are of."
-    for name in IMPORTED: importlib.import_module(name)
-    from lfdm.data import DATASETS
-    from lfdm.parameters import Parameters
-    from lfdm.tasks import task_of
-    for name in DATASETS: task_of(Parameters(dataset=name)).data.eps_floor(0.)
-
-
 def main(folder, tests):
-    warm()
+    for name in IMPORTED: importlib.import_module(name)
     jobs, outcomes = json.loads((folder / "jobs.json").read_text()), {}
     (folder / "runs").mkdir()
     for late in (False, True):

@@ -1,9 +1,12 @@
 "Notebooks run beside the other tests; see beside.py."
 import os
 import shutil
+import tempfile
 
 # before torch is imported: threads that compete for a core slow all of them down
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+KEPT = tempfile.TemporaryDirectory()   # what is made once, is made once for all tests: nothing of before
+os.environ["LFDM_CACHE"] = KEPT.name
 
 import pytest  # noqa: E402
 
@@ -25,6 +28,7 @@ def pytest_collection_finish(session):
 
 def pytest_unconfigure(config):
     if hasattr(config, "beside"): config.beside.close()
+    KEPT.cleanup()
 
 
 def pytest_terminal_summary(terminalreporter, config):
