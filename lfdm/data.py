@@ -54,7 +54,7 @@ class Dataset:
     "Anything to sample from: a subclass sets `dim` and has `draw(n, generator) -> (n, dim)`."
     dim = 2            # D, the number of coordinates
     exact = False      # are density, score, denoiser and floors known?
-    made_of = ()       # all that its points depend on, for what is kept of it; empty: unknown, nothing is kept
+    made_of = ()       # all that its points depend on, for what is kept of it; empty: unknown
     n_train = n_test = 50_000
 
     @property
