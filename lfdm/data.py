@@ -271,6 +271,21 @@ def _ours(mixture, *methods):
 
 _QUADRATURE = _v_floors, _quadrature_axes, _near_components, _component_masses, _mixture_sum, checked_level
 
+def _v_floor_table(mixture):
+    "The log of the v-floor as a spline over logsnr, and the range it covers."
+    from scipy.interpolate import CubicSpline
+    parts = mixture.weights, mixture.means, mixture.stds, GaussianMixture.eps_error, *_QUADRATURE
+    def make(): return _v_floors(mixture)
+    found = remembered('floors', make, parts) if _ours(mixture, 'eps_error', '_axes') else make()
+    logsnr, log_v = found['logsnr'], found['log_v']
+    return CubicSpline(logsnr, log_v), logsnr[0].item(), logsnr[-1].item()
+
+def _made_of(mixture) -> tuple:
+    "All that its points depend on; a subclass that draws in another way is not known."
+    if not _ours(mixture, 'draw', 'sample'): return ()
+    ours = GaussianMixture.draw, Dataset.sample, stream
+    return mixture.name, mixture.weights, mixture.means, mixture.stds, *ours
+
 # %% ../nbs/library/50_data.ipynb #2025c308
 class GaussianMixture(Dataset):
     "Axis-aligned Gaussians, standardized by their own moments: everything about them is exact."
@@ -302,11 +317,7 @@ class GaussianMixture(Dataset):
         eps = torch.randn(n, self.dim, generator=generator, dtype=torch.float64)
         return self.means[k] + self.stds[k] * eps
 
-    @property
-    def made_of(self) -> tuple:
-        "All that its points depend on; a subclass that draws in another way is not known."
-        if not _ours(self, 'draw', 'sample'): return ()
-        return self.name, self.weights, self.means, self.stds, GaussianMixture.draw, Dataset.sample, stream
+    made_of = property(_made_of)
 
     def _by_dimension(self, z):
         "z, shape (D, n, 1); mu_k and s_k^2, shape (D, 1, K), on z's device."
@@ -404,15 +415,7 @@ class GaussianMixture(Dataset):
             explained += (moment**2 / q).sum().item() / self.dim
         return (1 - explained) * ((alpha / sigma)**2 if alpha < sigma else 1)
 
-    @cached_property
-    def _table(self):
-        "The log of the v-floor as a spline over logsnr, and the range it covers."
-        from scipy.interpolate import CubicSpline
-        parts = self.weights, self.means, self.stds, GaussianMixture.eps_error, *_QUADRATURE
-        def make(): return _v_floors(self)
-        found = remembered('floors', make, parts) if _ours(self, 'eps_error', '_axes') else make()
-        logsnr, log_v = found['logsnr'], found['log_v']
-        return CubicSpline(logsnr, log_v), logsnr[0].item(), logsnr[-1].item()
+    _table = cached_property(_v_floor_table)
 
     def _part_of_v_floor(self, logsnr, part):
         "part(logsnr) times the v-floor: interpolated, and exponentially close to 1 outside the table."
