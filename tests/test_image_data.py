@@ -63,22 +63,14 @@ def test_the_place_in_the_cell_is_uniform_and_reproducible():
 
 
 GOOD = torch.full((4, 3, 8, 8), 16, dtype=u8)
-LEVELS = (1, 257, 2.5, True, '8', None, float('nan'))
 WRONG = [   # (what, its arguments, what is said)
-    *((f, (x, levels), 'levels must be') for levels in LEVELS
-      for f, x in ((dequantize, GOOD), (scaled, GOOD), (quantize, GOOD.float()))),
-    *((f, (x, 256), 'uint8 tensor') for f in (dequantize, scaled) for x in (GOOD.float(), GOOD.long())),
     *((f, (GOOD, 16), 'values up to 15, not 16') for f in (dequantize, scaled)),
-    (quantize, (torch.tensor([0., float('nan')]), 256), 'not finite'),
     (quantize, (torch.tensor([0., -float('inf')]), 256), 'not finite'),
-    (quantize, (GOOD, 256), 'floating-point'),
     *((require_images, ('pictures', x, *more), 'pictures.*' + said) for x, more, said in (
         (GOOD[0], (), 'shape'), (GOOD[..., :0], (), 'shape'), (GOOD[:3], (256, 4), 'too few'),
-        (GOOD[:, :2], (256, 1, (1, 3)), '1 or 3'), (GOOD, (2,), '2 levels'), (GOOD.float(), (), 'quantize'),
-        (GOOD.tolist(), (), 'uint8'))),
-    *((image_grid, (GOOD.new_zeros(shape), 2), r'shape \(n, 1 or 3, H, W\)')
-      for shape in ((2, 2, 4, 4), (4, 4), (0, 1, 4, 4))),
-    (image_grid, (GOOD, 0), 'columns must be'), (image_grid, (GOOD.float(), 2), 'uint8')]
+        (GOOD[:, :2], (256, 1, (1, 3)), '1 or 3'), (GOOD, (2,), '2 levels'),
+        (GOOD.float(), (), 'quantize'))),
+    *((image_grid, (GOOD.new_zeros(shape), 2), 'shape') for shape in ((2, 2, 4, 4), (0, 1, 4, 4)))]
 
 
 @pytest.mark.parametrize('f, arguments, said', WRONG)
@@ -103,7 +95,6 @@ def test_digits_do_not_depend_on_the_seed_of_a_run():
     assert d.train() is d.train() and d.train()[:, :, :4].max() == 0 and d.train().max() == 16
     content = d.train().numpy().tobytes() + d.test().numpy().tobytes()
     assert hashlib.sha256(content).hexdigest()[:8] == d.digest == '3d019220'
-    with refused("Did you mean 'test'"): d.labels('tests')
 
 
 @settings(max_examples=20, deadline=None)
@@ -115,12 +106,6 @@ def test_a_split_is_a_partition_in_proportion(labels, data):
     assert len(train) == n and sorted([*train.tolist(), *test.tolist()]) == list(range(len(labels)))
     for c in labels.unique():
         assert abs((labels[train] == c).sum() - n / len(labels) * (labels == c).sum()) <= 1.5
-
-
-def test_names():
-    assert {cls.name: cls for cls in IMAGES.values()} == IMAGES and by_name('templates(std=0.1)').std == .1
-    for wrong, said in dict(digit="'digits'", folder='a path', **{'templates(sdt=0.1)': "'std'"}).items():
-        with refused(said): by_name(wrong)
 
 
 def test_a_set_of_ones_own_is_checked():
@@ -226,8 +211,6 @@ def test_size_cuts_and_resizes(tmp_path):
     assert by_name(f'folder(path="{tmp_path}", size=4)').shape == (3, 4, 4)
     same = write(tmp_path / 'same', '1.png 2.png')
     assert ImageFolder(same, size=8).digest == ImageFolder(same).digest
-    for bad in (0, 2.5, 'big', True, 5000):
-        with refused('size must be'): ImageFolder(tmp_path, size=bad)
 
 
 def test_lossy_copies_say_so(tmp_path):
@@ -252,7 +235,7 @@ def png(pixels, width, height, bits, colours):
 DEEP = np.array([[0, 10_000], [20_000, 30_000]])
 KINDS = {   # mode that is refused -> (ending, how to write such a file)
     **{mode: ('png', lambda f, mode=mode: Image.new(mode, (2, 2), 1).save(f)) for mode in ('P', '1')},
-    **{mode: ('png', lambda f, mode=mode: Image.new(mode, (2, 2)).save(f)) for mode in ('RGBA', 'LA')},
+    'RGBA': ('png', lambda f: Image.new('RGBA', (2, 2)).save(f)),
     'CMYK': ('jpg', lambda f: Image.new('CMYK', (2, 2)).save(f)),
     'I;16': ('png', lambda f: Image.fromarray(DEEP.astype(np.uint16)).save(f)),
     'I': ('tif', lambda f: Image.fromarray(DEEP.astype(np.int32)).save(f)),
@@ -260,7 +243,6 @@ KINDS = {   # mode that is refused -> (ending, how to write such a file)
     'RGB;16': ('png', lambda f: f.write_bytes(png(b''.join(
         b'\0' + np.repeat(row, 3).astype('>u2').tobytes() for row in DEEP), 2, 2, 16, 2))),
     'RGB with transparency': ('png', lambda f: Image.new('RGB', (2, 2)).save(f, transparency=(0, 0, 0))),
-    'L with transparency': ('png', lambda f: Image.new('L', (2, 2)).save(f, transparency=0)),
     'RGB in several frames': ('png webp tif', lambda f: Image.new('RGB', (2, 2)).save(
         f, save_all=True, append_images=[Image.new('RGB', (2, 2), 'red')]))}
 
@@ -344,14 +326,13 @@ def test_links_are_followed_and_broken_ones_told(tmp_path):
     with refused("such as 'pipe.png'"): ImageFolder(tmp_path / 'set')
 
 
-@pytest.mark.parametrize('train, test', [('Train', 'TEST'), ('train', 'Test'), ('TRAIN', 'test')])
-def test_splits_are_known_in_any_case(tmp_path, train, test):
-    write(tmp_path, f'{train}/x/1.png {train}/y/1.png {test}/x/2.png {test}/y/2.png')
+def test_splits_are_known_in_any_case(tmp_path):
+    write(tmp_path, 'Train/x/1.png Train/y/1.png TEST/x/2.png TEST/y/2.png')
     f = ImageFolder(tmp_path)
     assert (f.n_train, f.n_test, f.class_names) == (2, 2, ['x', 'y'])
     write(tmp_path, 'val/x/3.png cover.png')
     with pytest.warns(UserWarning, match='2 images .* lie beside.*cover.png'): ImageFolder(tmp_path)
-    write(tmp_path, f'{train.swapcase()}/x/1.png')
+    write(tmp_path, 'tRAIN/x/1.png')
     with refused("one folder 'train' and one 'test'"): ImageFolder(tmp_path)
 
 
@@ -402,7 +383,7 @@ def test_pixels_are_counted_before_they_are_decoded(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('ending', ['png', 'jpg', 'bmp', 'tif', 'webp'])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_flipped_bytes_are_an_error_or_an_image(ending, data):
     with tempfile.TemporaryDirectory() as place:
@@ -448,7 +429,9 @@ def test_files_that_may_not_be_read():
 def test_folders_of_a_wrong_form(tmp_path, files, message):
     for name in files.split(): write(tmp_path, name) if name[-1] != '/' else (tmp_path / name).mkdir()
     with refused(message): ImageFolder(tmp_path)
-    for bad, said in (('/none', 'there is no folder'), ('', 'must name'), ('a\0', 'must name'), (3, 'text')):
+
+
+def test_paths_that_are_no_folder(tmp_path):
+    for bad, said in (('/none', 'there is no folder'), ('', 'must name'), ('a\0', 'must name'),
+                      (write(tmp_path, '1.png') / '1.png', 'is a file')):
         with refused(said): ImageFolder(bad)
-    if files == '1.png':
-        with refused('is a file', NotADirectoryError): ImageFolder(tmp_path / files)

@@ -1,4 +1,4 @@
-"Attempts to break lfdm.images.templates: tails, extremes of noise, blocks, forms of scales, wrong input."
+"Attempts to break lfdm.images.templates: tails, extremes of noise, blocks, forms of scales."
 import numpy as np
 import pytest
 import torch
@@ -21,7 +21,7 @@ def noisy(n): return torch.randn(n, 1, 8, 8, generator=torch.Generator().manual_
 
 
 @pytest.mark.parametrize('low, high', [
-    (-40, -39.96), (-8, -7.9), (-.02, .02), (39.96, 40), (-float('inf'), -30), (30, float('inf'))])
+    (-40, -39.96), (-.02, .02), (39.96, 40), (-float('inf'), -30)])
 def test_a_cell_far_out_keeps_its_logarithm(low, high):
     import mpmath
     a, b = (low, high) if high < 0 else (-high, -low)
@@ -86,7 +86,7 @@ def test_the_two_ends_of_noise():
         assert log_q.dtype == least and log_q.isfinite().all()
 
 
-@pytest.mark.parametrize('std', [.05, .2, 1.])
+@pytest.mark.parametrize('std', [.05, 1.])
 def test_probabilities_of_every_image_are_finite_and_add_up(std):
     t, others = Templates(std), torch.arange(64) != 27
     b = t.test()[:1].repeat(256, 1, 1, 1)
@@ -106,20 +106,15 @@ def test_template_streams():
     assert (pixels - t.log_cells.exp()[3] @ scaled(BYTES, 256).double()).abs().max() < 5 * .2 / 800**.5
 
 
-def test_wrong_input():
-    z, nan, inf = torch.zeros(2, 1, 8, 8), float('nan'), float('inf')
-    scale = 'must be finite and'
+def test_arguments_that_do_not_fit():
+    z, three = torch.zeros(2, 1, 8, 8), torch.ones(3)
     for call, *arguments, said in [
-            *((TEMPLATES.denoise, bad, 1., 1., 'tensor of shape .n, 1, 8, 8')
-              for bad in (torch.zeros(2, 8, 8), torch.zeros(2, 3, 8, 8), z.to(torch.uint8), 3.)),
-            *((TEMPLATES.log_prob_at, z, alpha, sigma, scale)
-              for alpha, sigma in ((1., 0.), (-1., 1.), (1., inf), (1., torch.zeros(2)))),
-            (TEMPLATES.log_prob_at, z, nan, 1., 'not nan'), (TEMPLATES.denoise, z, 'x', 1., 'alpha must'),
-            (log_cell, 1., 1., 'low must be below high'), (log_cell, [1., 2.], [3.] * 3, 'not broadcast'),
-            (cell_integrals, z, 1., 0., 16, scale), (cell_integrals, z, 1., 1., 1, 'levels must'),
-            (cell_integrals, z, torch.ones(3), 1., 16, 'alpha .3,.'),
-            (TEMPLATES.bits_per_dim, z[:1].to(torch.uint8), 'n from 2'), (Templates, None, 'std must'),
-            (TEMPLATES.denoise, z, torch.ones(3), 1., 'not one number per'),
-            (TEMPLATES.log_prob, z, 'uint8'), (TEMPLATES.log_prob, z.to(torch.uint8)[..., :7], 'shape'),
-            *((Templates, *bad, 'must be') for bad in ((.01,), (2,), (.2, 0), (.2, 300, .5)))]:
+            (TEMPLATES.denoise, z[:, 0], 1., 1., 'shape .n, 1, 8, 8'),
+            (TEMPLATES.denoise, z, three, 1., 'not one number per'),
+            (TEMPLATES.log_prob_at, z, 1., torch.zeros(2), 'must be finite and'),
+            (TEMPLATES.log_prob, z.to(torch.uint8)[..., :7], 'shape'),
+            (TEMPLATES.bits_per_dim, z[:1].to(torch.uint8), 'n from 2'),
+            (log_cell, 1., 1., 'low must be below high'), (log_cell, three[:2], three * 3, 'not broadcast'),
+            (cell_integrals, z, 1., 0., 16, 'must be finite and'),
+            (cell_integrals, z, three, 1., 16, 'alpha .3,.'), (Templates, .01, 'must be')]:
         with pytest.raises((ValueError, TypeError), match=said): call(*arguments)
