@@ -190,7 +190,6 @@ def test_two_processes_train_what_one_trains(photos, whole, tmp_path):
         for k in b: assert a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-6), k
     for a, b in zip(run.net.parameters(), whole.net.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    assert run.summary["loss"] == pytest.approx(whole.summary["loss"], rel=1e-4)
 
 
 def test_a_main_process_that_fails_ends_the_other(photos, tmp_path):
@@ -231,7 +230,6 @@ def test_smallest_sets_that_can_be_judged(tmp_path):
 
 
 def test_samples_that_do_not_fit_are_refused(whole):
-    assert torch.equal(whole.task.restored(whole.task.stored(whole.samples)), whole.samples)
     for bad in (np.zeros((10, 3, 8, 8), np.float32), np.zeros((10, 8, 8), np.uint8)):
         with pytest.raises(ValueError, match=r"uint8 of shape \(n, 3, 8, 8\)"): whole.task.restored(bad)
 
