@@ -177,7 +177,7 @@ def test_files_that_claim_much_are_not_read(tmp_path):
     wide = torch.zeros(1).expand(2**30)
     torch.save({"x": wide}, tmp_path / "claims.pth")
     with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as file:
-        for i in range(3): file.writestr(f"archive/data/{i}", bytes(2**26))
+        for i in range(5): file.writestr(f"archive/data/{i}", bytes(2**26))
     with (tmp_path / "sparse.pth").open("wb") as file: file.truncate(2**34)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for name in ("claims", "bomb", "sparse"):
@@ -192,17 +192,12 @@ def test_the_old_format_of_torch_is_read(weights, tmp_path):
     assert all(torch.equal(found[k], state[k]) for k in state)
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda x: x.float(), "quantize"), (lambda x: x[:1], "too few"), (lambda x: x[:, :2], "channels"),
-    (lambda x: x.tolist(), "uint8"), (lambda x: x.to("meta"), "meta")])
-def test_images_are_checked_before_any_weights(empty_hub, change, said):
+def test_arguments_are_checked_before_any_weights(empty_hub):
     good = pictures(4, 3, 8, 8)
-    for pair in ((change(good), good), (good, change(good))):
-        with pytest.raises((TypeError, ValueError), match=said): fid(*pair)
-
-
-def test_options_are_checked_before_any_weights(empty_hub):
-    good = pictures(4, 3, 8, 8)
+    for wrong, said in ((good.float(), "quantize"), (good[:1], "too few"), (good[:, :2], "channels"),
+                        (good.tolist(), "uint8"), (good.to("meta"), "meta")):
+        for pair in ((wrong, good), (good, wrong)):
+            with pytest.raises((TypeError, ValueError), match=said): fid(*pair)
     for option in (dict(levels=17), dict(batch_size=0), dict(dims=100), dict(device="nowhere"),
                    dict(weights=3), dict(progress=3), dict(download="yes"), dict(of=3)):
         with pytest.raises((TypeError, ValueError), match=next(iter(option))): fid(good, good, **option)
