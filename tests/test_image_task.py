@@ -19,7 +19,7 @@ from lfdm.grids import make_images
 from lfdm.images import task as image_task
 from lfdm.images.data import quantize
 from lfdm.images.parameters import ImageParameters
-from lfdm.images.task import ImageTask
+from lfdm.images.task import ImageTask, mirrored
 from lfdm.parameters import parameters_from
 from lfdm.runs import folder_of, load_run, make_run
 from lfdm.tasks import task_of
@@ -137,6 +137,13 @@ def test_compiled_is_trained_alike(photos, whole, tmp_path, monkeypatch):
     run = make_run(p, root=tmp_path)
     weights = load_file(run.folder / "model.safetensors")
     assert run.metrics == whole.metrics and not any("_orig_mod" in k for k in weights)
+
+
+def test_about_half_are_mirrored_from_left_to_right():
+    x = torch.arange(12.).view(1, 1, 3, 4).expand(400, -1, -1, -1)
+    seen = mirrored(x, torch.Generator().manual_seed(0))
+    turned = (seen == x.flip(3)).flatten(1).all(1)
+    assert 150 < turned.sum() < 250 and torch.equal(seen[~turned], x[~turned])
 
 
 def test_the_exact_set_has_its_excess(tmp_path, monkeypatch):
