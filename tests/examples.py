@@ -5,26 +5,25 @@ import numpy as np
 import PIL.Image
 import torch
 
-from lfdm import (
-    adaptive,
-    checkpoints,
-    discrete,
-    parameters,
-    runs,
-    schedules,
-    steps,
-    studies,
-    tasks,
-    training,
-    weighted_elbo,
-)
+from lfdm.adaptive import AdaptiveSchedule
+from lfdm.checkpoints import read_checkpoint
 from lfdm.data import Cluster, Ring
+from lfdm.discrete import DDPMSchedule
 from lfdm.evaluation import mean_distance
 from lfdm.images.data import Digits
+from lfdm.images.features import FeatureNet
 from lfdm.images.parameters import ImageParameters
 from lfdm.losses import DiffusionLoss
 from lfdm.networks import MLP, StackedMLP
+from lfdm.parameters import Parameters
+from lfdm.runs import make_run
+from lfdm.schedules import CosineSchedule
+from lfdm.steps import SAMPLERS, exact_denoiser
+from lfdm.studies import Record
 from lfdm.targets import Eps
+from lfdm.tasks import task_of
+from lfdm.training import TrainState
+from lfdm.weighted_elbo import exact_elbos
 
 # Not swept, each for a reason.
 LEFT = {
@@ -32,35 +31,11 @@ LEFT = {
     **dict.fromkeys(["write_record", "locked", "work_folder", "beside", "Run"], "a part of make_run"),
     **dict.fromkeys(["train_stacked", "sample_stacked", "side_by_side"], "a part of make_grid"),
     **dict.fromkeys(["DownBlock", "UpBlock", "MidBlock", "ResBlock", "AttentionBlock"], "a part of UNet"),
-    **dict.fromkeys(
-        [
-            "Schedule",
-            "BellSchedule",
-            "RunParameters",
-            "Dataset",
-            "ImageSet",
-            "Objective",
-            "Target",
-            "Weighting",
-            "LogSNRWeighting",
-            "EpsFactor",
-        ],
-        "abstract: its kinds are swept",
-    ),
-    **dict.fromkeys(
-        [
-            "LossHistory.set",
-            "LossHistory.slope",
-            "ImageTask.fit",
-            "ImageTask.judge",
-            "ImageTask.samples",
-            "PointsTask.fit",
-            "PointsTask.judge",
-            "PointsTask.samples",
-            "TrainState.descend",
-        ],
-        "called by its owner",
-    ),
+    **dict.fromkeys(["Schedule", "BellSchedule", "Target", "Weighting", "LogSNRWeighting", "EpsFactor",
+                     "RunParameters", "Dataset", "ImageSet", "Objective"], "abstract: its kinds are swept"),
+    **dict.fromkeys(["LossHistory.set", "LossHistory.slope", "TrainState.descend",
+                     *(f"{kind}Task.{does}" for kind in ("Image", "Points")
+                       for does in ("fit", "judge", "samples"))], "called by its owner"),
     **dict.fromkeys(["inception", "inception_file", "fid", "CIFAR10"], "needs files that are not here")}
 
 # What looks wrong and is right here: (function, argument, kind).
@@ -78,7 +53,7 @@ RIGHT = {
 
 # Defaults that would take long: the example instead.
 LONG = {"steps", "points", "draws", "projections", "n", "repeats", "epochs", "batch_size", "real", "T", "k",
-        "max_steps", "chunk"}
+        "max_steps", "chunk", "rtol", "atol", "width"}
 
 NUMBERS = dict(
     n=3, k=4, m=5, seed=0, steps=2, points=21, bins=4, repeats=2, draws=2, chunk=2, batch_size=2, dim=2,
@@ -123,20 +98,20 @@ def write_pictures(folder):
 
 def examples(folder):
     "(argument -> example, function -> its own examples); what they need is made in the folder."
-    cluster, cosine, digits = Cluster(), schedules.CosineSchedule(), Digits()
+    cluster, cosine, digits = Cluster(), CosineSchedule(), Digits()
     times, digit = torch.tensor([.2, .5, .8]), digits.test()[:4]
     s, t = (cosine.level(torch.tensor(u)) for u in (.4, .5))
     loss = DiffusionLoss("cosine", "eps", "weighted")
 
     few = dict(epochs=1, n_samples=8, sample_steps=2)
     points = dict(dataset="cluster", batch_size=5000, width=4, **few)
-    p = parameters.Parameters(**points)
+    p = Parameters(**points)
     images = ImageParameters("digits", network="small(width=4)", batch_size=500, judged=4, **few)
-    run, images_run = (runs.make_run(one, "sweep", folder) for one in (p, images))
+    run, images_run = (make_run(one, "sweep", folder) for one in (p, images))
 
     pictures, checkpoint = write_pictures(folder / "pictures"), folder / "checkpoint"
-    training.TrainState(new_net()).save(checkpoint)
-    studies.Record(dict(a=1), [dict(a=1)], dict(a=np.zeros(1))).save("sweep", "smoke")
+    TrainState(new_net()).save(checkpoint)
+    Record(dict(a=1), [dict(a=1)], dict(a=np.zeros(1))).save("sweep", "smoke")
 
     tensors = dict(
         logsnr=torch.tensor([-1., 0., 1.]), t=times, u=times, z=randn(3, 2), x=randn(3, 2), y=randn(3, 2) + 1,
@@ -144,129 +119,81 @@ def examples(folder):
         value=torch.tensor([1., 2., 3.]), images=digit, means=torch.tensor([[0., 0.], [1., 1.]]),
         labels=torch.arange(40) % 4, betas=torch.tensor([.1, .2, .3]), times=torch.tensor([.2, .5]))
     others = dict(
-        level=cosine.level(times), s=s, loss=loss, net=New(new_net), denoiser=steps.exact_denoiser(cluster),
+        level=cosine.level(times), s=s, loss=loss, net=New(new_net), denoiser=exact_denoiser(cluster),
         dataset=cluster, exact=cluster, q=cluster, p=Ring(k=8), score=fall, f=fall, denoise=cluster.denoise,
         progress=silent, generator=New(torch.Generator), distance=mean_distance, make=nothing,
-        run=run, folder=run.folder, root=folder, path=folder / "new", parameters=p, task=tasks.task_of(p),
-        kind=parameters.Parameters, namespace=vars(p), state=New(lambda: training.TrainState(new_net())),
+        run=run, folder=run.folder, root=folder, path=folder / "new", parameters=p, task=task_of(p),
+        kind=Parameters, namespace=vars(p), state=New(lambda: TrainState(new_net())),
         losses=[loss, loss], data=[randn(6, 2), randn(6, 2)], nets=New(lambda: [new_net(), new_net()]),
         generators=New(lambda: [torch.Generator(), torch.Generator()]), targets=["eps", "x"], seeds=[0, 1],
-        shape=(3, 2), dtype=torch.float32, within=(-5., 5.), e=weighted_elbo.exact_elbos(cluster, points=21),
+        shape=(3, 2), dtype=torch.float32, within=(-5., 5.), e=exact_elbos(cluster, points=21),
         arrays=dict(a=np.zeros(1)), settings=dict(a=1), rows=[dict(a=1)], head=["a"], values=[1., 2.],
         ways=["euler, 8"], scheduler=New(diffusers_scheduler), download=False, compiled=False, flip=False,
         low_discrepancy=True, schedules=(), others=(),
         **dict.fromkeys(["weights", "validation", "validations", "prepare", "forward", "accelerator"]))
 
-    chain, bytes_8 = discrete.DDPMSchedule(), torch.randint(0, 255, (3, 1, 8, 8), dtype=torch.uint8)
+    chain, bytes_8 = DDPMSchedule(), torch.randint(0, 255, (3, 1, 8, 8), dtype=torch.uint8)
     a_step, on_stack = dict(s=s, t=t), dict(net=New(new_stack))
     on_digits = dict(dataset=digits, samples=digits.train()[:80], images=digit, denoiser=unchanged)
     measured = dict(steps=[1], epochs=[1], times=[.5], points=4, arrows=2, logsnr=[0.])
     own = dict(
         # levels, losses, data
-        transition=a_step,
-        posterior=a_step,
-        dlog_alpha=dict(schedule=cosine),
-        sde=dict(schedule=cosine),
-        Staircase=dict(levels=torch.tensor([3.0, 0.0, -3.0])),
-        DDPMSchedule=dict(T=1000, logsnr_min=None),
-        eps_slope=dict(logsnr=0.5),
-        exact_slope=dict(logsnr=0.5),
-        midpoints=dict(k=8),
-        elbos=dict(logsnr=torch.linspace(-5, 5, 21)),
-        projected_divergence=dict(u=randn(3, 2)),
-        Explicit=dict(exact=cluster.score),
-        ScoreMatchingLoss=dict(levels=[-3.0, 3.0]),
+        transition=a_step, posterior=a_step, sde=dict(schedule=cosine), dlog_alpha=dict(schedule=cosine),
+        Staircase=dict(levels=torch.tensor([3., 0., -3.])), DDPMSchedule=dict(T=1000, logsnr_min=None),
+        eps_slope=dict(logsnr=.5), exact_slope=dict(logsnr=.5), elbos=dict(logsnr=torch.linspace(-5, 5, 21)),
+        midpoints=dict(k=8), projected_divergence=dict(u=randn(3, 2)), Explicit=dict(exact=cluster.score),
+        ScoreMatchingLoss=dict(levels=[-3., 3.]), P2=dict(k=1.), Sigmoid=dict(k=2.), floor=dict(points=201),
         # steps, sampling, likelihood
-        **{f"{name}_step": a_step for name in steps.SAMPLERS},
-        velocity=dict(level=t),
-        at_angle=dict(angle=torch.tensor(0.5)),
-        solve=dict(f=fall_in_time, state=randn(3, 2)),
-        prior_kl=dict(level=s),
-        stack_denoiser=on_stack,
-        sample_stack=on_stack,
-        discrete_reconstruction=dict(images=digit, level=s),
-        image_bound=on_digits,
-        flow_bits_per_dim=on_digits,
-        # training, runs, grids, studies
-        train=dict(x=randn(6, 2)),
-        ValidationSet=dict(x=randn(40, 2)),
-        train_stack=dict(state=New(lambda: training.TrainState(new_stack(), seed=[0, 1]))),
+        **{f"{name}_step": a_step for name in SAMPLERS}, velocity=dict(level=t), prior_kl=dict(level=s),
+        at_angle=dict(angle=torch.tensor(.5)), solve=dict(f=fall_in_time, state=randn(3, 2)),
+        stack_denoiser=on_stack, sample_stack=on_stack, image_bound=on_digits, flow_bits_per_dim=on_digits,
+        discrete_reconstruction=dict(images=digit, level=s), flow_log_prob=dict(denoiser=unchanged),
+        # training
+        train=dict(x=randn(6, 2)), ValidationSet=dict(x=randn(40, 2)), TrainState=dict(ema=None, clip=None),
+        train_stack=dict(state=New(lambda: TrainState(new_stack(), seed=[0, 1]))),
         content_digest=dict(tensors=dict(a=torch.ones(2)), metadata=dict(a="b")),
-        write_checkpoint=dict(run="a run"),
-        read_checkpoint=dict(path=checkpoint),
-        restore=dict(record=New(lambda: checkpoints.read_checkpoint(checkpoint))),
-        TrainState=dict(ema=None, clip=None),
-        Parameters=dict(dataset="ring"),
-        kind_of=dict(name="points"),
-        schedule_named=dict(name="cosine"),
-        stacks_of=dict(parameters=[p]),
-        make_grid=dict(parameters=[p]),
+        write_checkpoint=dict(run="a run"), read_checkpoint=dict(path=checkpoint),
+        restore=dict(record=New(lambda: read_checkpoint(checkpoint))),
+        # runs, grids, studies
+        Parameters=dict(dataset="ring"), kind_of=dict(name="points"), schedule_named=dict(name="cosine"),
+        stacks_of=dict(parameters=[p]), make_grid=dict(parameters=[p]),
         make_images=dict(parameters=[images]),
-        measure=measured,
-        measured=dict(settings=measured),
-        all_cached=dict(settings=[dict(a=1)]),
-        condense=dict(parameters=[p], settings=measured),
-        make_record=dict(parameters=[p], settings=measured),
-        load_record=dict(name="sweep", scale="smoke"),
-        network_quality=dict(parameters=points),
-        learned_score=dict(logsnr=0.5),
-        sample_quality=dict(levels=("cosine", -9.0, 9.0)),
-        **{
-            "AdaptiveSchedule.load_state": dict(state=adaptive.AdaptiveSchedule(-9.0, 9.0).state()),
-            "PointsTask.restored": dict(array=np.zeros((3, 2))),
-            "ImageTask.restored": dict(array=np.zeros((3, 1, 16, 16), np.uint8)),
-            "Record.values": dict(name="a"),
-            "TrainState.load": dict(path=checkpoint, run=None),
-            "TrainState.save": dict(run="a run"),
-            ".factor": dict(schedule=cosine, target=Eps()),
-            ".eps_factor": dict(schedule=cosine, target=Eps()),
-            "DDPMVLB.eps_factor": dict(schedule=chain, target=Eps()),
-            ".bits_per_dim": dict(images=bytes_8),
-            "Templates.log_prob": dict(images=bytes_8),
-            "ImageTask.stored": dict(samples=bytes_8),
-            "Templates.denoise": dict(z=randn(3, 1, 8, 8)),
-            "Templates.log_prob_at": dict(z=randn(3, 1, 8, 8)),
-        },
+        measure=measured, measured=dict(settings=measured), all_cached=dict(settings=[dict(a=1)]),
+        condense=dict(parameters=[p], settings=measured), make_record=dict(parameters=[p], settings=measured),
+        load_record=dict(name="sweep", scale="smoke"), network_quality=dict(parameters=points),
+        learned_score=dict(logsnr=.5), sample_quality=dict(levels=("cosine", -9., 9.)),
         # images
-        dequantize=dict(u=torch.rand(digit.shape)),
-        class_files=dict(folder=pictures / "train"),
+        dequantize=dict(u=torch.rand(digit.shape)), class_files=dict(folder=pictures / "train"),
         decode=dict(files=sorted((pictures / "test" / "a").iterdir()), size=None),
-        ImageFolder=dict(path=pictures, size=None),
-        classifier_features=dict(net=New(new_classifier)),
+        ImageFolder=dict(path=pictures, size=None), image_set=dict(name="digits", path=None),
+        content_of=dict(images=digits), mirrored=dict(x=randn(3, 1, 4, 4)),
+        log_cell=dict(low=randn(3), high=randn(3) + 9), cell_integrals=dict(levels=16),
+        classifier_features=dict(net=New(lambda: FeatureNet(1, 10, 4, 8))),
         feature_net=dict(dataset=digits, steps=1),
-        feature_distance=on_digits | dict(net=None, n=20),
-        classifier_view=on_digits | dict(net=None),
-        moments=dict(features=randn(9, 3)),
+        feature_distance=on_digits | dict(net=None, n=20), classifier_view=on_digits | dict(net=None),
+        judge_images=on_digits | dict(images=digits), moments=dict(features=randn(9, 3)),
         frechet_distance=dict(mean_x=randn(2), mean_y=randn(2), cov_x=torch.eye(2), cov_y=torch.eye(2)),
         stated=dict(report=dict(measure="FID", value=1., n=3, reference="x", reference_n=3, weights="w",
                                 levels=17, dims=64)),
-        image_set=dict(name="digits", path=None),
-        content_of=dict(images=digits),
-        judge_images=on_digits | dict(images=digits),
-        P2=dict(k=1.0),
-        Sigmoid=dict(k=2.0),
-        floor=dict(points=201),
         ImageParameters=dict(dataset="digits", path=None, ema=None, clip=None),
-        image_table=dict(run=images_run),
-        ImageTask=dict(parameters=images),
-        mirrored=dict(x=randn(3, 1, 4, 4)),
-        log_cell=dict(low=randn(3), high=randn(3) + 9),
-        cell_integrals=dict(levels=16),
-        unet=dict(name="small", size=16),
-        time_embedding=dict(dim=4),
-        TimeEmbedding=dict(dim=4),
+        image_table=dict(run=images_run), ImageTask=dict(parameters=images),
+        unet=dict(name="small", size=16), time_embedding=dict(dim=4), TimeEmbedding=dict(dim=4),
         # other code bases
-        as_network=dict(unet=unchanged, schedule="ddpm"),
-        as_unet=dict(schedule="ddpm"),
+        as_network=dict(unet=unchanged, schedule="ddpm"), as_unet=dict(schedule="ddpm"),
         from_diffusers=dict(logsnr_max=12.9),
-        to_diffusers=dict(schedule="ddpm", kind="DDPMScheduler", T=None),
-    )
+        to_diffusers=dict(schedule="ddpm", kind="DDPMScheduler", T=None))
+    own |= {
+        # methods: of one class, or of all
+        "AdaptiveSchedule.load_state": dict(state=AdaptiveSchedule(-9., 9.).state()),
+        "PointsTask.restored": dict(array=np.zeros((3, 2))),
+        "ImageTask.restored": dict(array=np.zeros((3, 1, 16, 16), np.uint8)),
+        "ImageTask.stored": dict(samples=bytes_8), "Record.values": dict(name="a"),
+        "TrainState.load": dict(path=checkpoint, run=None), "TrainState.save": dict(run="a run"),
+        ".factor": dict(schedule=cosine, target=Eps()), ".eps_factor": dict(schedule=cosine, target=Eps()),
+        "DDPMVLB.eps_factor": dict(schedule=chain, target=Eps()), ".bits_per_dim": dict(images=bytes_8),
+        "Templates.log_prob": dict(images=bytes_8), "Templates.denoise": dict(z=randn(3, 1, 8, 8)),
+        "Templates.log_prob_at": dict(z=randn(3, 1, 8, 8))}
     return NUMBERS | tensors | WORDS | others, own
-
-
-def new_classifier():
-    from lfdm.images.features import FeatureNet
-    return FeatureNet(1, 10, 4, 8)
 
 
 def diffusers_scheduler():

@@ -25,6 +25,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -32,26 +33,15 @@ import numpy as np
 import torch
 
 from examples import LEFT, LONG, RIGHT, New, examples
+from lfdm.images import features
 from tree import ROOT
 
 # ---- what is swept
 
 DOORS = "require_", "checked_", "advice_", "check_"   # their callers are swept
 INNER = {"core", "ledger", "proofs", "plots"}   # makes doors, reads this project's pages, draws
-FREE = {
-    "name",
-    "what",
-    "study",
-    "path",
-    "note",
-    "of",
-    "symbol",
-    "command",
-    "root",
-    "folder",
-    "value",
-    "source",
-}
+FREE = {"name", "what", "study", "path", "note", "of", "symbol", "command", "root", "folder", "value",
+        "source"}
 
 
 def library():
@@ -78,11 +68,8 @@ def methods(cls, table):
     for name in dir(cls):
         found = inspect.getattr_static(cls, name)
         name = f"{cls.__name__}.{name}"
-        if (
-            (name.endswith(".__call__") or "._" not in name)
-            and inspect.isfunction(found)
-            and name not in LEFT
-        ):
+        open_to_all = name.endswith(".__call__") or "._" not in name
+        if open_to_all and inspect.isfunction(found) and name not in LEFT:
             yield name, getattr(made, found.__name__)
 
 
@@ -236,7 +223,9 @@ def prepared():
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         os.environ["LFDM_RUNS"] = folder
-        yield examples(Path(folder))
+        trained = features._trained
+        with mock.patch.object(features, "_trained", lambda data, seed, steps: trained(data, seed, 1)):
+            yield examples(Path(folder))
 
 
 def main(only):

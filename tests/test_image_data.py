@@ -31,7 +31,6 @@ from lfdm.images.data import (
     quantize,
     require_images,
     scaled,
-    stratified,
 )
 from photos import write
 from tree import ROOT, files
@@ -45,13 +44,11 @@ refused = lambda match, error=(ValueError, TypeError, OSError): pytest.raises(er
 # --- bytes and densities
 
 def test_bytes_come_back_from_the_ends_of_their_cells():
-    for levels in (2, 17, 255, 256):
-        b = torch.arange(levels, dtype=u8)
-        for x in (scaled(b, levels), *(dequantize(b, levels, u=torch.full((levels,), u)) for u in (0., 1.))):
-            assert x.dtype == torch.float32 and x.abs().max() < 1
-            assert quantize(x, levels).equal(b) and quantize(x.double(), levels).equal(b)
+    b = torch.arange(255, dtype=u8)
+    for x in (scaled(b, 255), *(dequantize(b, 255, u=torch.full((255,), u)) for u in (0., 1.))):
+        assert x.dtype == torch.float32 and x.abs().max() < 1
+        assert quantize(x, 255).equal(b) and quantize(x.double(), 255).equal(b)
     assert quantize(torch.tensor([-9., 9., 1., -1.]), 17).tolist() == [0, 16, 16, 0]
-    for shape in ((0, 3, 4, 4), ()): assert dequantize(torch.zeros(shape, dtype=u8), 17).shape == shape
 
 
 def test_the_place_in_the_cell_is_uniform_and_reproducible():
@@ -63,22 +60,14 @@ def test_the_place_in_the_cell_is_uniform_and_reproducible():
 
 
 GOOD = torch.full((4, 3, 8, 8), 16, dtype=u8)
-LEVELS = (1, 257, 2.5, True, '8', None, float('nan'))
 WRONG = [   # (what, its arguments, what is said)
-    *((f, (x, levels), 'levels must be') for levels in LEVELS
-      for f, x in ((dequantize, GOOD), (scaled, GOOD), (quantize, GOOD.float()))),
-    *((f, (x, 256), 'uint8 tensor') for f in (dequantize, scaled) for x in (GOOD.float(), GOOD.long())),
     *((f, (GOOD, 16), 'values up to 15, not 16') for f in (dequantize, scaled)),
-    (quantize, (torch.tensor([0., float('nan')]), 256), 'not finite'),
     (quantize, (torch.tensor([0., -float('inf')]), 256), 'not finite'),
-    (quantize, (GOOD, 256), 'floating-point'),
     *((require_images, ('pictures', x, *more), 'pictures.*' + said) for x, more, said in (
         (GOOD[0], (), 'shape'), (GOOD[..., :0], (), 'shape'), (GOOD[:3], (256, 4), 'too few'),
-        (GOOD[:, :2], (256, 1, (1, 3)), '1 or 3'), (GOOD, (2,), '2 levels'), (GOOD.float(), (), 'quantize'),
-        (GOOD.tolist(), (), 'uint8'))),
-    *((image_grid, (GOOD.new_zeros(shape), 2), r'shape \(n, 1 or 3, H, W\)')
-      for shape in ((2, 2, 4, 4), (4, 4), (0, 1, 4, 4))),
-    (image_grid, (GOOD, 0), 'columns must be'), (image_grid, (GOOD.float(), 2), 'uint8')]
+        (GOOD[:, :2], (256, 1, (1, 3)), '1 or 3'), (GOOD, (2,), '2 levels'),
+        (GOOD.float(), (), 'quantize'))),
+    *((image_grid, (GOOD.new_zeros(shape), 2), 'shape') for shape in ((2, 2, 4, 4), (0, 1, 4, 4)))]
 
 
 @pytest.mark.parametrize('f, arguments, said', WRONG)
@@ -103,24 +92,6 @@ def test_digits_do_not_depend_on_the_seed_of_a_run():
     assert d.train() is d.train() and d.train()[:, :, :4].max() == 0 and d.train().max() == 16
     content = d.train().numpy().tobytes() + d.test().numpy().tobytes()
     assert hashlib.sha256(content).hexdigest()[:8] == d.digest == '3d019220'
-    with refused("Did you mean 'test'"): d.labels('tests')
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.lists(st.integers(0, 3), min_size=2, max_size=60), st.data())
-def test_a_split_is_a_partition_in_proportion(labels, data):
-    labels = torch.tensor(labels)
-    n = data.draw(st.integers(1, len(labels) - 1))
-    train, test = stratified(labels, n, 'x')
-    assert len(train) == n and sorted([*train.tolist(), *test.tolist()]) == list(range(len(labels)))
-    for c in labels.unique():
-        assert abs((labels[train] == c).sum() - n / len(labels) * (labels == c).sum()) <= 1.5
-
-
-def test_names():
-    assert {cls.name: cls for cls in IMAGES.values()} == IMAGES and by_name('templates(std=0.1)').std == .1
-    for wrong, said in dict(digit="'digits'", folder='a path', **{'templates(sdt=0.1)': "'std'"}).items():
-        with refused(said): by_name(wrong)
 
 
 def test_a_set_of_ones_own_is_checked():
@@ -130,7 +101,6 @@ def test_a_set_of_ones_own_is_checked():
         def load(self):
             return {s: (torch.full((2, 1, 2, 2), self.top, dtype=u8), None) for s in ('train', 'test')}
     assert Own(3).shape == (1, 2, 2) and Own(3).dims == 4 and Own(3).labels() is None
-    assert '2 + 2 images' in repr(Own(3))
     with refused('values up to 3, not 4'): Own(4).train()
     with refused('no load', NotImplementedError): ImageSet().train()
 
@@ -167,14 +137,11 @@ def test_cifar_is_found_in_every_way(cifar, monkeypatch, tmp_path):
     (tmp_path / 'settings.ini').write_text('lib_name = lfdm\n')
     monkeypatch.chdir(tmp_path)
     sets.append(CIFAR10())
-    monkeypatch.chdir(cifar)
-    sets.append(CIFAR10('.'))
     raw = pickle.loads((cifar / 'data_batch_2').read_bytes())
     for s in sets:
         assert s.train().shape == (20, 3, 32, 32) and s.n_test == 4 and s.digest == sets[0].digest
         assert s.train().is_contiguous() and s.train()[4:8].numpy().tobytes() == raw['data'].tobytes()
         assert s.labels()[4:8].tolist() == raw['labels']
-    assert (s.levels, s.classes, s.shape, s.lossy) == (256, 10, (3, 32, 32), False)
 
 
 def test_cifar_that_is_missing_or_damaged(cifar, monkeypatch):
@@ -215,8 +182,6 @@ def test_four_forms_of_a_folder(tmp_path):
     assert len(torch.cat([c.train(), c.test()]).flatten(1).unique(dim=0)) == 24
     elsewhere = shutil.copytree(tmp_path / 'c', tmp_path / 'elsewhere')
     assert by_name(f'folder(path="{elsewhere}")').digest == c.digest != d.digest
-    files = c.files['all'][0]
-    assert decode(files, threads=1)[0].equal(decode(files, threads=7)[0])
 
 
 def test_size_cuts_and_resizes(tmp_path):
@@ -226,8 +191,6 @@ def test_size_cuts_and_resizes(tmp_path):
     assert by_name(f'folder(path="{tmp_path}", size=4)').shape == (3, 4, 4)
     same = write(tmp_path / 'same', '1.png 2.png')
     assert ImageFolder(same, size=8).digest == ImageFolder(same).digest
-    for bad in (0, 2.5, 'big', True, 5000):
-        with refused('size must be'): ImageFolder(tmp_path, size=bad)
 
 
 def test_lossy_copies_say_so(tmp_path):
@@ -252,7 +215,7 @@ def png(pixels, width, height, bits, colours):
 DEEP = np.array([[0, 10_000], [20_000, 30_000]])
 KINDS = {   # mode that is refused -> (ending, how to write such a file)
     **{mode: ('png', lambda f, mode=mode: Image.new(mode, (2, 2), 1).save(f)) for mode in ('P', '1')},
-    **{mode: ('png', lambda f, mode=mode: Image.new(mode, (2, 2)).save(f)) for mode in ('RGBA', 'LA')},
+    'RGBA': ('png', lambda f: Image.new('RGBA', (2, 2)).save(f)),
     'CMYK': ('jpg', lambda f: Image.new('CMYK', (2, 2)).save(f)),
     'I;16': ('png', lambda f: Image.fromarray(DEEP.astype(np.uint16)).save(f)),
     'I': ('tif', lambda f: Image.fromarray(DEEP.astype(np.int32)).save(f)),
@@ -260,7 +223,6 @@ KINDS = {   # mode that is refused -> (ending, how to write such a file)
     'RGB;16': ('png', lambda f: f.write_bytes(png(b''.join(
         b'\0' + np.repeat(row, 3).astype('>u2').tobytes() for row in DEEP), 2, 2, 16, 2))),
     'RGB with transparency': ('png', lambda f: Image.new('RGB', (2, 2)).save(f, transparency=(0, 0, 0))),
-    'L with transparency': ('png', lambda f: Image.new('L', (2, 2)).save(f, transparency=0)),
     'RGB in several frames': ('png webp tif', lambda f: Image.new('RGB', (2, 2)).save(
         f, save_all=True, append_images=[Image.new('RGB', (2, 2), 'red')]))}
 
@@ -286,7 +248,7 @@ def test_modes_that_are_neither_grey_nor_colour(tmp_path, mode):
         if mode == '1': assert values == [255] * 4
 
 
-@pytest.mark.parametrize('ending', ['png', 'jpg', 'bmp', 'tif', 'webp'])
+@pytest.mark.parametrize('ending', ['png', 'jpg', 'tif', 'webp'])
 def test_damaged_files_are_named_and_counted(tmp_path, ending):
     write(tmp_path, ' '.join(f'{i}.{ending}' for i in range(6)), (32, 32))
     for i in (2, 4):
@@ -295,8 +257,6 @@ def test_damaged_files_are_named_and_counted(tmp_path, ending):
     (tmp_path / f'5.{ending}').write_bytes(b''), (tmp_path / '6.jpg').write_text('<html>')
     with refused(rf"4 of 7 image files cannot be read, such as '.*2\.{ending}'.*Replace or delete"):
         ImageFolder(tmp_path).train()
-    for file in tmp_path.iterdir(): file.write_bytes(b'\0')
-    with refused('7 of 7 image files cannot be read'): ImageFolder(tmp_path).train()
 
 
 @pytest.mark.parametrize('ending', ['png', 'jpg', 'tif', 'webp'])
@@ -314,8 +274,6 @@ def test_photos_are_turned_as_viewers_show_them(tmp_path, ending):
     shown = [x, x.flip(1), x.rot90(2), x.flip(0), x.T, x.rot90(-1), x.rot90(2).T, x.rot90(1), x]
     for i, y in enumerate(shown, 1): assert read(turned / f'{i}.{ending}').equal(y), i
     with refused(r"8×6, and .* 6×8 \(4 of 9"): ImageFolder(turned).train()
-    a, b = ImageFolder(plain, size=4), ImageFolder(turned, size=4)
-    assert a.digest != b.digest and ImageFolder(plain).shape[1:] == (6, 8)
 
 
 def test_damaged_exif_says_nothing(tmp_path):
@@ -331,34 +289,29 @@ def test_links_are_followed_and_broken_ones_told(tmp_path):
     found = ImageFolder(tmp_path / 'set').files['all']
     assert [f.name for f in found[0]] == ['1.png', '2.png', '3.png', '1.png', '5.png', '4.png']
     assert found[1] == [*'aaabbc']
-    link = tmp_path / 'set/a/circle'
-    for target in (tmp_path / 'set', tmp_path, tmp_path / 'set/a'):
+    link, gone = tmp_path / 'set/a/circle', tmp_path / 'more/deep/gone'
+    for target in (tmp_path, tmp_path / 'set/a'):
         link.symlink_to(target)
         with refused('circle.* leads to a folder that it lies in'): ImageFolder(tmp_path / 'set')
         link.unlink()
-    for name in ('set/a/gone.png', 'set/gone', 'cats/gone.jpg', 'more/deep/gone'):
-        (tmp_path / name).symlink_to(tmp_path / 'nowhere')
-        with refused("names in .* lead to no file, such as 'gone"): ImageFolder(tmp_path / 'set')
-        (tmp_path / name).unlink()
+    gone.symlink_to(tmp_path / 'nowhere')
+    with refused("names in .* lead to no file, such as 'gone"): ImageFolder(tmp_path / 'set')
+    gone.unlink()
     os.mkfifo(tmp_path / 'set/a/pipe.png')
     with refused("such as 'pipe.png'"): ImageFolder(tmp_path / 'set')
 
 
-@pytest.mark.parametrize('train, test', [('Train', 'TEST'), ('train', 'Test'), ('TRAIN', 'test')])
-def test_splits_are_known_in_any_case(tmp_path, train, test):
-    write(tmp_path, f'{train}/x/1.png {train}/y/1.png {test}/x/2.png {test}/y/2.png')
+def test_splits_are_known_in_any_case(tmp_path):
+    write(tmp_path, 'Train/x/1.png Train/y/1.png TEST/x/2.png TEST/y/2.png')
     f = ImageFolder(tmp_path)
     assert (f.n_train, f.n_test, f.class_names) == (2, 2, ['x', 'y'])
     write(tmp_path, 'val/x/3.png cover.png')
     with pytest.warns(UserWarning, match='2 images .* lie beside.*cover.png'): ImageFolder(tmp_path)
-    write(tmp_path, f'{train.swapcase()}/x/1.png')
+    write(tmp_path, 'tRAIN/x/1.png')
     with refused("one folder 'train' and one 'test'"): ImageFolder(tmp_path)
 
 
 def test_what_looks_like_a_split_or_an_image(tmp_path):
-    for folders in ('Train', 'training testing', 'Train val', 'TEST'):
-        write(tmp_path / folders, ' '.join(f'{name}/{i}.png' for name in folders.split() for i in (1, 2)))
-        with refused("must have one folder 'train' and one 'test'"): ImageFolder(tmp_path / folders)
     classes = ImageFolder(write(tmp_path / 'vehicles', 'Car/1.png Train/1.png'))
     assert classes.class_names == ['Car', 'Train']
     Image.new('L', (8, 8)).save(tmp_path / 'vehicles/Car/2.gif')
@@ -374,11 +327,9 @@ def test_only_the_formats_that_are_promised_are_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, 'Ghostscript', lambda *a, **k: pytest.fail('started a program'))
     Image.new('RGB', (8, 8)).save(tmp_path / 'a.eps')
     (tmp_path / 'a.eps').rename(tmp_path / 'a.png')
-    Image.new('RGB', (8, 8)).save(tmp_path / 'b.ppm')
-    (tmp_path / 'b.ppm').rename(tmp_path / 'b.png')
     psd = b'8BPS\0\1' + bytes(6) + struct.pack('>HIIHH', 3, 8, 8, 8, 3) + bytes(400)
-    (tmp_path / 'c.png').write_bytes(psd)
-    with refused(r'3 of 3 image files cannot be read.*none of BMP, JPEG, PNG, TIFF, WEBP'):
+    (tmp_path / 'b.png').write_bytes(psd)
+    with refused(r'2 of 2 image files cannot be read.*none of BMP, JPEG, PNG, TIFF, WEBP'):
         ImageFolder(tmp_path).train()
     for path in files():
         if path.suffix not in ('.py', '.ipynb') or path.parent == ROOT / 'tests': continue
@@ -397,12 +348,10 @@ def test_pixels_are_counted_before_they_are_decoded(tmp_path, monkeypatch):
     with refused("10 images of 100×100 pixels take 0.0 GB"): ImageFolder(many).train()
     monkeypatch.undo()
     assert ImageFolder(many, size=4).n_train == 8
-    (many / '3.png').write_bytes(png(b'', 0, 5, 8, 2))
-    with refused("1 of 10 .*3.png.*"): ImageFolder(many, size=4).train()
 
 
 @pytest.mark.parametrize('ending', ['png', 'jpg', 'bmp', 'tif', 'webp'])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_flipped_bytes_are_an_error_or_an_image(ending, data):
     with tempfile.TemporaryDirectory() as place:
@@ -441,14 +390,16 @@ def test_files_that_may_not_be_read():
 @pytest.mark.parametrize('files, message', [
     ('1.png cat/1.png', r"images \(such as '1\.png'\) beside folders \(such as 'cat'\)"),
     ('train/1.png', "one folder 'train' and one 'test', or class folders, not 'train'"),
+    ('training/1.png testing/1.png', "one folder 'train'"), ('Train/1.png val/1.png', "one folder 'train'"),
     ('train/cat/1.png test/dog/1.png', r"train has \['cat'\], test has \['dog'\]"),
-    ('train/cat/1.png test/1.png', r"train has \['cat'\], test has None"),
     ('1.png', 'one image'), ('', 'no images in .*endings'),
     ('cat/1.png dog/', "1 of 2 class folders .*: 'dog'")])
 def test_folders_of_a_wrong_form(tmp_path, files, message):
     for name in files.split(): write(tmp_path, name) if name[-1] != '/' else (tmp_path / name).mkdir()
     with refused(message): ImageFolder(tmp_path)
-    for bad, said in (('/none', 'there is no folder'), ('', 'must name'), ('a\0', 'must name'), (3, 'text')):
+
+
+def test_paths_that_are_no_folder(tmp_path):
+    for bad, said in (('/none', 'there is no folder'), ('', 'must name'), ('a\0', 'must name'),
+                      (write(tmp_path, '1.png') / '1.png', 'is a file')):
         with refused(said): ImageFolder(bad)
-    if files == '1.png':
-        with refused('is a file', NotADirectoryError): ImageFolder(tmp_path / files)

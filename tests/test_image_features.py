@@ -7,11 +7,10 @@ import resource
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 import lfdm.images.features as module
 from lfdm.core import seeded
-from lfdm.images.data import Digits, ImageSet, dequantize, quantize, scaled
+from lfdm.images.data import Digits, ImageSet, dequantize, scaled
 from lfdm.images.features import FeatureNet, classifier_view, feature_distance, feature_net
 from lfdm.images.fid import moments
 
@@ -37,8 +36,6 @@ def test_training_depends_on_the_seed_alone(tmp_path):
     finally: torch.set_num_threads(1)
     assert again.digest == first.digest and threads == 2
     assert first.digest != feature_net(Stripes(), 1, 20, tmp_path / "a").digest
-    names = [f"stripes-{Stripes().digest}-s{s}-20steps.safetensors" for s in (0, 1)]
-    assert sorted(p.name for p in (tmp_path / "a/features").iterdir()) == names
     assert moments(first.features(scaled(Stripes().train(), 9)))[1].trace() == pytest.approx(1, rel=1e-5)
 
 
@@ -55,7 +52,7 @@ def test_the_file_is_whole_or_made_again(tmp_path, monkeypatch):
     damages = [b"", content[:100], content[:-40], b"[]".join(content.split(b"{", 1))]
     for before, after in ((b"stripes", b"strpies"), (b"accuracy", b"inaccura"), (b"seed", b"need")):
         damages.append(content.replace(before, after))
-    for place in random.Random(0).sample(range(8 * len(content)), 40):   # one bit flipped
+    for place in random.Random(0).sample(range(8 * len(content)), 12):   # one bit flipped
         flipped = bytearray(content)
         flipped[place // 8] ^= 1 << place % 8
         damages.append(bytes(flipped))
@@ -65,16 +62,6 @@ def test_the_file_is_whole_or_made_again(tmp_path, monkeypatch):
         again = feature_net(Stripes(), steps=5)
         assert said(again) == said(net) and torch.equal(torch.get_rng_state(), state)
     assert path.read_bytes() == content
-
-
-def test_files_from_before_digests_are_read(tmp_path, monkeypatch):
-    net = feature_net(Stripes(), steps=5, root=tmp_path)
-    path, = (tmp_path / "features").iterdir()
-    with safe_open(path, "pt") as file: facts = json.loads(file.metadata()["facts"])
-    del facts["digest"]
-    save_file(net.state_dict(), path, {"facts": json.dumps(facts)})
-    monkeypatch.setattr(module, "_trained", lambda *a: pytest.fail("trained again"))
-    assert feature_net(Stripes(), steps=5, root=tmp_path).digest == net.digest
 
 
 def test_a_file_that_claims_much_is_not_read(tmp_path):
@@ -88,14 +75,13 @@ def test_a_file_that_claims_much_is_not_read(tmp_path):
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + 3 * 2**30)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert feature_net(Stripes(), steps=5, root=tmp_path).accuracy <= 1
+    feature_net(Stripes(), steps=5, root=tmp_path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 2**20 and path.stat().st_size < 2**20
 
 
 def test_a_folder_that_cannot_be_written_loses_nothing(tmp_path, monkeypatch):
     (tmp_path / "features").write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="cannot be kept in"): net = feature_net(Stripes(), 0, 5, tmp_path)
-    assert net.accuracy <= 1 and net.digest
     def full(*a): raise OSError("disk full")
     monkeypatch.setattr(module, "save_file", full)
     with pytest.warns(UserWarning, match="disk full"):
@@ -103,10 +89,8 @@ def test_a_folder_that_cannot_be_written_loses_nothing(tmp_path, monkeypatch):
     assert not list((tmp_path / "b/features").iterdir())
 
 
-@pytest.mark.parametrize("name", ["../../x", "/x", "a/b", "a\nb"])
-def test_no_name_leads_out_of_the_folder(tmp_path, name):
-    class Named(Stripes): pass
-    Named.name = name
+def test_no_name_leads_out_of_the_folder(tmp_path):
+    class Named(Stripes): name = "../../x"
     with pytest.raises(ValueError, match="dataset.name must be a plain folder name"):
         feature_net(Named(), steps=5, root=tmp_path / "runs")
     assert not list(tmp_path.iterdir())
@@ -134,32 +118,18 @@ def test_what_feature_distance_compares(net):
     other = distance(real, 20, split="train")
     assert at_floor(other)
     assert (other["n"], other["reference"], other["reference_n"]) == (148, "digits train", 1500)
-    noisy = quantize(scaled(seen, 17) + 0.4 * torch.randn(seen.shape, generator=seeded(0)), 17)
-    assert distance(noisy)["value"] > ours["noise"] + 4 * ours["noise_sd"]
 
 
 @pytest.mark.parametrize("judge", [feature_distance, classifier_view])
-@pytest.mark.parametrize("change, error, said", [
-    (lambda x: x[:1], ValueError, "too few"), (lambda x: x.expand(-1, 3, -1, -1), ValueError, "shape"),
-    (lambda x: x.float() * math.nan, ValueError, "not finite"), (lambda x: x + 17, ValueError, "17 levels"),
-    (lambda x: x.long(), TypeError, "uint8"), (lambda x: None, TypeError, "uint8"),
-    (lambda x: x[:0], ValueError, "too few"), (lambda x: x.to("meta"), ValueError, "'meta'"),
-    (lambda x: x.to(torch.complex64), TypeError, "uint8")])
-def test_samples_that_are_none(net, judge, change, error, said):
-    with pytest.raises(error, match=said): judge(change(DIGITS.test()), DIGITS, net)
+@pytest.mark.parametrize("change, said", [
+    (lambda x: x.expand(-1, 3, -1, -1), "shape"), (lambda x: x.float() * math.nan, "not finite"),
+    (lambda x: x + 17, "17 levels"), (lambda x: x[:1], "too few")])
+def test_samples_that_are_none(net, judge, change, said):
+    with pytest.raises(ValueError, match=said): judge(change(DIGITS.test()), DIGITS, net)
 
 
-@pytest.mark.parametrize("wrong, said", [
-    (dict(n=1), "n must"), (dict(n=298), "n must"), (dict(repeats=1), "repeats"),
-    (dict(split="tset"), "'test'"), (dict(seed=-1), "seed"),
-    (dict(seed=2**32), "seed"), (dict(dataset=None), "dataset"), (dict(net="digits"), "net")])
-def test_wrong_choices(net, wrong, said):
-    with pytest.raises((TypeError, ValueError), match=said):
-        feature_distance(**dict(samples=DIGITS.test(), dataset=DIGITS, net=net) | wrong)
-
-
-def test_arrays_and_networks_of_ones_own(net):
-    distance = lambda x, net: feature_distance(x, DIGITS, net, repeats=2)
-    assert distance(DIGITS.test().numpy(), net) == distance(DIGITS.test(), net)
-    own = distance(DIGITS.test(), FeatureNet(1, 10))   # never trained here: no accuracy is known
+def test_networks_of_ones_own_and_too_many_samples():
+    net = FeatureNet(1, 10)   # never trained here: no accuracy is known
+    own = feature_distance(DIGITS.test(), DIGITS, net, repeats=2)
     assert own["accuracy"] is None and len(own["weights"]) == 8
+    with pytest.raises(ValueError, match="n must"): feature_distance(DIGITS.test(), DIGITS, net, n=298)

@@ -1,54 +1,38 @@
 "Attempts to break lfdm.images.parameters: careless values, images that moved, changed or do not fit."
 import dataclasses
-import math
 import os
 import shutil
 
 import pytest
 
-from lfdm.images.parameters import ImageParameters, content_of, image_set, require_network
+from lfdm.images.parameters import ImageParameters, image_set
 from lfdm.parameters import parameters_from
 from photos import TINY, numbered, write
 
-NUMBERS = ["epochs", "batch_size", "lr", "seed", "sample_steps", "n_samples", "judged", "warmup", "ema",
-           "clip", "logsnr_min", "logsnr_max"]
-NAMES = ["dataset", "network", "target", "weighting", "schedule", "sampler", "precision", "device"]
-WRONG = {   # fields -> values that none of them may have
-    "flip compiled": [None, 0, 1., "True"],
-    "content": [0, 3, True, ["x"], b"x", "", "1x16x16", "0x16x16, 17 values, 3d019220",
-                "16x16, 17 values, 3d019220", "1x16x16, 17 values, 3d01922", "1x16x16, x values, 3d019220"],
-    "path": [3, b"photos", ["photos"]],
-    " ".join(NUMBERS): [math.nan, math.inf, -math.inf, "ten", "", [1], {}, True, 1j, b"1", 10**400, -1e300],
-    " ".join(NAMES): [None, 3, True, ["eps"], {}, "", "small(", "digits(n=3)", "()", "mps:1"]}
 OTHER = dict(target="v", weighting="nelbo", schedule="linear", logsnr_min=-9, logsnr_max=9, epochs=4,
              batch_size=63, lr=1e-3, seed=1, sampler="ddim", sample_steps=6, n_samples=51,
              dataset="templates", judged=9, network="small(width=4)", ema=None, clip=2, warmup=10, flip=True,
              precision="bf16", compiled=True)
 
 
-@pytest.mark.parametrize("field, values", [(f, v) for fs, v in WRONG.items() for f in fs.split()])
-def test_wrong_values_are_refused_by_name(field, values):
-    for value in values:
-        with pytest.raises((ValueError, TypeError)) as e: ImageParameters(**{field: value})
-        assert field in str(e.value) or repr(value).strip("'\"") in str(e.value)
+@pytest.mark.parametrize("content", [
+    "0x16x16, 17 values, 3d019220", "16x16, 17 values, 3d019220", "1x16x16, 17 values, 3d01922",
+    "1x16x16, x values, 3d019220"])
+def test_images_cannot_be_described_by_hand(content):
+    with pytest.raises(ValueError, match="content is found"): ImageParameters(content=content)
 
 
 @pytest.mark.parametrize("bad, message", [
     (dict(device="cuda:9"), "unknown device.* 'cuda:9'. *Valid: 'cpu'"),
-    (dict(precision="fp16"), "unknown precision 'fp16'. .*'float32', 'bf16'"),
-    (dict(dataset="digit"), "Did you mean 'digits'"), (dict(network="smal"), "Did you mean 'small'"),
-    (dict(network="small(widht=8)"), "Did you mean 'width'"),
+    (dict(network="small(widht=8)"), "'width'"), (dict(network="small("), "network"),
     (dict(batch_size=1501), "batch_size 1501 is larger than the data: 1500 training images"),
-    (dict(network="small(width=0)"), "width must be from 2"), (dict(judged=1), "judged must be from 2"),
-    (dict(n_samples=1), "n_samples must be from 2"), (dict(dataset="folder"), "needs a path"),
+    (dict(judged=1), "judged must be from 2"), (dict(dataset="folder"), "needs a path"),
     (dict(path="/nowhere"), "path='/nowhere'.* the images of dataset 'digits'.* lie in no folder"),
-    (dict(dataset="templates", path="/nowhere"), "lie in no folder; those of 'cifar10' and 'folder' do"),
     (dict(dataset="folder(path='a')", path="b"), "'b'.* beside .*'a'.*: give one of them"),
     (dict(dataset="folder", path=""), "path must name a folder"),
     (dict(dataset="templates(n_train=1, n_test=4)"), "too few training images .*: 1, and at least 4"),
     (dict(dataset="templates(n_train=4, n_test=1)"), "too few test images .*: 1, and at least 2"),
-    (dict(logsnr_min=5, logsnr_max=5), "logsnr_min must be below"),
-    (dict(width=8), "unknown parameter 'width'")], ids=str)
+    (dict(logsnr_min=5, logsnr_max=5), "logsnr_min must be below")])
 def test_what_a_careless_user_gives(bad, message):
     with pytest.raises((ValueError, TypeError), match=message): parameters_from(bad, ImageParameters)
 
@@ -85,24 +69,11 @@ def test_images_that_change_are_seen_as_changed(tmp_path, monkeypatch):
     now_another()
     (folder / "000.png").unlink()
     now_another()
-    write(tmp_path / "new", "000.png", seed=3), os.replace(tmp_path / "new" / "000.png", folder / "001.png")
-    now_another()
     write(tmp_path / "elsewhere/photos", numbered(), seed=4)   # one relative path, two places
     for here in (tmp_path, tmp_path / "elsewhere"):
         monkeypatch.chdir(here)
         seen.append(p("photos"))
     assert seen[-1] != seen[-2] == seen[-3]
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert p("~/photos") == seen[-2]
-
-
-def test_wrong_input_of_functions():
-    for f, arguments, said in (
-            (image_set, (None,), "^name must be a str"), (image_set, ("digits", 3), "^path must"),
-            (content_of, ("digits",), "^images must be a ImageSet"),
-            (require_network, (3, (1, 8, 8)), "^network"), (require_network, ("small", (1, 8)), "^shape"),
-            (require_network, ("small", (1, 8, "8")), "^shape")):
-        with pytest.raises((ValueError, TypeError), match=said): f(*arguments)
 
 
 def test_sizes_that_do_not_fit_are_refused_at_once(tmp_path):

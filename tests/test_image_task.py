@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from lfdm.grids import make_images
 from lfdm.images import task as image_task
 from lfdm.images.data import quantize
-from lfdm.images.parameters import ImageParameters, image_set
-from lfdm.images.task import ImageTask, image_table, judge_images, mirrored, require_content
+from lfdm.images.parameters import ImageParameters
+from lfdm.images.task import ImageTask, mirrored
 from lfdm.parameters import parameters_from
 from lfdm.runs import folder_of, load_run, make_run
 from lfdm.tasks import task_of
@@ -56,13 +56,12 @@ def resumed(p, root):
 
 # ---- killed and resumed
 
-@pytest.mark.parametrize("options", [{}, dict(
-    network="small(width=2, multipliers='1 1', halvings=1, mid=1, dropout=0.2)",
-    ema=None, clip=None, flip=True, target="v")], ids=str)
-def test_stopped_in_an_epoch_and_resumed_is_bit_identical(options, photos, whole, tmp_path):
+def test_stopped_in_an_epoch_and_resumed_is_bit_identical(photos, tmp_path):
     "weights lie channels last in memory, and are to do so again, as Adam's moments are"
-    p = ImageParameters(**TINY | options, path=photos)
-    expected = make_run(p, root=tmp_path / "whole") if options else whole
+    network = "small(width=2, multipliers='1 1', halvings=1, mid=1, dropout=0.2)"
+    options = TINY | dict(network=network, ema=None, clip=None, flip=True, target="v")
+    p = ImageParameters(**options, path=photos)
+    expected = make_run(p, root=tmp_path / "whole")
     for phase, share in (("images", .5), ("images", .9), ("sample", .5)):
         def progress(now, done, total, phase=phase, share=share):
             if now == phase and done >= share * total: raise Stopped
@@ -103,14 +102,6 @@ def test_killed_in_an_epoch_and_resumed_is_bit_identical(photos, whole, tmp_path
     assert os.listdir(tmp_path / "train") == [run.folder.name]
 
 
-def test_when_memory_runs_out_the_checkpoint_stays(whole, tmp_path, monkeypatch):
-    def full(now, done, total):
-        if done > 50: raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
-    says = "out of memory on 'cpu': .*2.00 GiB. Lower batch_size, choose precision='bf16', .*checkpoint"
-    with pytest.raises(RuntimeError, match=says): make_run(whole.parameters, root=tmp_path, progress=full)
-    assert resumed(whole.parameters, tmp_path)[1] == 50
-
-
 def test_samples_that_are_not_finite_are_a_divergence(photos, tmp_path, monkeypatch):
     p = ImageParameters(**TINY | dict(epochs=1), path=photos)
     monkeypatch.setattr(image_task, "sample", lambda *a, **kw: torch.full((10, 3, 8, 8), math.nan))
@@ -146,6 +137,13 @@ def test_compiled_is_trained_alike(photos, whole, tmp_path, monkeypatch):
     run = make_run(p, root=tmp_path)
     weights = load_file(run.folder / "model.safetensors")
     assert run.metrics == whole.metrics and not any("_orig_mod" in k for k in weights)
+
+
+def test_about_half_are_mirrored_from_left_to_right():
+    x = torch.arange(12.).view(1, 1, 3, 4).expand(400, -1, -1, -1)
+    seen = mirrored(x, torch.Generator().manual_seed(0))
+    turned = (seen == x.flip(3)).flatten(1).all(1)
+    assert 150 < turned.sum() < 250 and torch.equal(seen[~turned], x[~turned])
 
 
 def test_the_exact_set_has_its_excess(tmp_path, monkeypatch):
@@ -191,7 +189,6 @@ def test_two_processes_train_what_one_trains(photos, whole, tmp_path):
         for k in b: assert a[k] == pytest.approx(b[k], rel=1e-4, abs=1e-6), k
     for a, b in zip(run.net.parameters(), whole.net.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    assert run.summary["loss"] == pytest.approx(whole.summary["loss"], rel=1e-4)
 
 
 def test_a_main_process_that_fails_ends_the_other(photos, tmp_path):
@@ -231,20 +228,7 @@ def test_smallest_sets_that_can_be_judged(tmp_path):
     assert all(math.isfinite(v) for v in bound.values())
 
 
-def test_wrong_input():
-    x, digits, no = torch.zeros(2, 1, 16, 16), image_set("digits"), torch.Generator()
-    for call, said in ((lambda: ImageTask(3), "parameters must be"), (lambda: image_table(3), "run must be"),
-                       (lambda: mirrored(x[0], no), "x must have shape"),
-                       (lambda: mirrored(x, 3), "generator must be"),
-                       (lambda: judge_images(x, digits), "samples.*quantize"),
-                       (lambda: judge_images(x.to(torch.uint8), "digits"), "images must be a ImageSet"),
-                       (lambda: ImageTask(ImageParameters()).validation(draws=0), "draws must be"),
-                       (lambda: require_content(None, ""), "images must be")):
-        with pytest.raises((ValueError, TypeError), match=said): call()
-
-
 def test_samples_that_do_not_fit_are_refused(whole):
-    assert torch.equal(whole.task.restored(whole.task.stored(whole.samples)), whole.samples)
     for bad in (np.zeros((10, 3, 8, 8), np.float32), np.zeros((10, 8, 8), np.uint8)):
         with pytest.raises(ValueError, match=r"uint8 of shape \(n, 3, 8, 8\)"): whole.task.restored(bad)
 

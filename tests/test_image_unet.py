@@ -11,7 +11,6 @@ from lfdm.images.unet import (
     UNETS,
     AttentionBlock,
     ResBlock,
-    TimeEmbedding,
     UNet,
     require_size,
     time_embedding,
@@ -56,7 +55,7 @@ def options(draw):
                 heads=whole(1, 2), dropout=draw(st.sampled_from([0., 0.1])))
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, database=None)
+@settings(max_examples=8, deadline=None, derandomize=True, database=None)
 @given(options(), st.integers(1, 3), st.integers(1, 2), st.integers(1, 3))
 def test_output_is_like_the_input_and_gradients_reach_every_parameter(options, n, rows, columns):
     net = awake(UNet(**options))
@@ -73,7 +72,7 @@ def test_output_is_like_the_input_and_gradients_reach_every_parameter(options, n
 
 # --- what a prediction depends on
 
-@pytest.mark.parametrize('width', [2, 3, 4, 16])
+@pytest.mark.parametrize('width', [2, 3])
 def test_time_matters_at_every_width(width):
     "with one channel to a group, the second group norm of a resnet block takes the time away again"
     block = awake(ResBlock(width, width, 16)).double()
@@ -84,8 +83,7 @@ def test_time_matters_at_every_width(width):
 
 
 @pytest.mark.parametrize('attention, where', [
-    ('all', 'down.0 down.1 mid.0 up.0 up.1'), ('mid', 'mid.0'), ('none', ''), ((), 'mid.0'),
-    ('1', 'down.1 mid.0 up.0'), ((0,), 'down.0 mid.0 up.1')])
+    ('all', 'down.0 down.1 mid.0 up.0 up.1'), ('none', ''), ((), 'mid.0'), ('1', 'down.1 mid.0 up.0')])
 def test_attention_is_where_it_was_asked_for(attention, where):
     found = [name for name, m in tiny(attention=attention).named_modules() if isinstance(m, AttentionBlock)]
     assert ['.'.join(name.split('.')[:2]) for name in found] == where.split()
@@ -100,13 +98,11 @@ def test_two_heads_are_the_formula():
     close(block(x), x + block.out(seen).mT.unflatten(2, (3, 5)))
 
 
-def test_embedding_is_exact_and_embedded_times_stay_distinct():
+def test_embedding_is_exact():
     u = torch.rand(200, dtype=f64, generator=seeded(0))
     angles = 1000 * u[:, None] * 10000**(-torch.arange(8, dtype=f64) / 8)
     close(time_embedding(u, 16), torch.cat([angles.sin(), angles.cos()], 1), 1e-9)
     close(time_embedding(u.float(), 16).double(), time_embedding(u, 16), 3e-4)
-    with torch.autocast('cpu', torch.bfloat16): out = TimeEmbedding(32, 64)(torch.arange(1000) / 1000)
-    assert len(out.unique(dim=0)) == 1000
 
 
 # --- precision, dropout, the compiler
@@ -120,10 +116,10 @@ def test_autocast_returns_the_dtype_of_z_and_is_close():
     assert all(p.grad.dtype == torch.float32 for p in net.parameters())
 
 
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_sixteen_bits_keep_times_apart(dtype):
+def test_sixteen_bits_keep_times_apart():
     "u is shown in float32 to a network of 16 bits; of a thousand times 501 are distinct in bfloat16"
-    net, told = tiny().to(dtype), []
+    dtype, told = torch.bfloat16, []
+    net = tiny().to(dtype)
     net.time.register_forward_hook(lambda module, inputs, out: told.append(out))
     chain = as_unet(net, 'ddpm', (2, 8, 8))
     z, k = torch.zeros(1000, 2, 2, 2, dtype=dtype), torch.arange(1000)
@@ -150,34 +146,26 @@ def test_the_graph_is_whole_for_the_compiler():
 # --- wrong input
 
 @pytest.mark.parametrize('name, bad, message', [
-    ('width', 2.5, 'whole number'), ('channels', 0, 'channels'), ('layers', 0, 'layers'),
-    ('multipliers', '', 'at least one'), ('multipliers', (1, 0), 'multipliers'), ('dropout', 1.5, 'dropout'),
-    ('attention', (-1,), 'attention'), ('width', 'wide', 'width'), ('multipliers', None, 'multipliers'),
-    ('heads', True, 'heads'), ('attention', 1j, 'attention'),
-    ('layers', 10**9, 'layers'), ('multipliers', [1] * 99, 'at most 20'), ('width', 10**30, 'width')])
+    ('multipliers', '', 'at least one'), ('multipliers', (1, 0), 'multipliers'), ('layers', 0, 'layers'),
+    ('multipliers', [1] * 99, 'at most 20'), ('attention', (-1,), 'attention'), ('layers', 10**9, 'layers')])
 def test_bad_options(name, bad, message):
-    with pytest.raises((TypeError, ValueError), match=message): tiny(**{name: bad})
+    with pytest.raises(ValueError, match=message): tiny(**{name: bad})
 
 
-@pytest.mark.parametrize('u, dim, message', [
-    (torch.tensor(0.5), 4, 'u must'), (torch.zeros(3, 1), 4, 'u must'),
-    (torch.zeros(3), 3, 'dim must be even'), (torch.zeros(3), 0, 'dim must'), (None, 4, 'u must'),
-    (torch.ones(3).to(torch.complex64), 4, 'u must')])
-def test_times_that_have_no_embedding(u, dim, message):
-    with pytest.raises((TypeError, ValueError), match=message): time_embedding(u, dim)
-
-
-@pytest.mark.parametrize('shape', [(3, 2), (3, 1, 8, 8), (2, 8, 8)])
-def test_data_that_are_no_such_images(shape):
-    with pytest.raises(ValueError, match=rf'images of shape \(n, 2, H, W\), not \({shape[0]}'):
-        tiny()(torch.zeros(shape), torch.zeros(shape[0]))
+def test_data_that_do_not_fit():
+    net = tiny()
+    for shape in ((3, 1, 8, 8), (2, 8, 8)):
+        with pytest.raises(ValueError, match='images of shape .n, 2, H, W., not'):
+            net(torch.zeros(shape), torch.zeros(shape[0]))
     for wrong in ((), (1,), (3, 1)):
-        with pytest.raises(ValueError, match=r'u must have shape \(2,\)'):
-            tiny()(torch.zeros(2, 2, 8, 8), torch.zeros(wrong))
+        with pytest.raises(ValueError, match='u must have shape .2,.'):
+            net(torch.zeros(2, 2, 8, 8), torch.zeros(wrong))
+    for u, dim, said in ((torch.zeros(3, 1), 4, 'u must'), (torch.zeros(3), 3, 'dim must be even')):
+        with pytest.raises(ValueError, match=said): time_embedding(u, dim)
 
 
 @given(st.integers(0, 5), st.integers(1, 200), st.integers(1, 200))
-@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
 def test_sizes_are_taken_exactly_when_they_can_be_halved(halvings, height, width):
     of = lambda halvings: dict(halvings=halvings)
     if height % 2**halvings == width % 2**halvings == 0: return require_size(of(halvings), height, width)
@@ -200,9 +188,6 @@ def test_the_presets_stay_what_runs_know_them_by():
     with torch.device('meta'): nets = {name: unet(name) for name in UNETS}
     counts = {name: sum(p.numel() for p in net.parameters()) for name, net in nets.items()}
     assert counts == dict(small=140819, thesis=69063299, ddpm=36867331)
-    kinds = lambda blocks: [[type(m) for m in block.layers] for block in blocks]
-    assert kinds([*nets['thesis'].down, *nets['thesis'].up]) == [[ResBlock, AttentionBlock] * 6] * 8
-    assert kinds(nets['thesis'].mid) == [[ResBlock] + [AttentionBlock, ResBlock] * 6] * 3
 
 
 def test_words_with_options():
@@ -213,9 +198,6 @@ def test_words_with_options():
 
 @pytest.mark.parametrize('words, size, message', [
     ('small(3)', 16, 'width'), ('small(channels=3)', 16, "unknown option of small: 'channels'"),
-    ('small(width=0)', 16, 'width must be'), ('small', 10, 'nearest sizes: 8×8 and 12×12'),
-    ('small', (16,), 'size must be'), ('small', (), 'size must be'), ('small', (16, 16, 1), 'size must be'),
-    ('small', None, 'size must be'), ('small', '16', 'size must be'), (None, 16, 'name must be'),
-    ('small(layers=1000000000)', 16, 'layers must be')])
+    ('small', 10, 'nearest sizes: 8×8 and 12×12'), ('small', (16, 16, 1), 'size must be')])
 def test_wrong_words_and_sizes(words, size, message):
     with pytest.raises((TypeError, ValueError), match=message): unet(words, 1, size)
