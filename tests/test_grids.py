@@ -153,7 +153,7 @@ def test_the_workers_of_a_killed_grid_end_with_it(tmp_path):
         if list(tmp_path.glob("train/cluster*")): break   # the short run is finished
         time.sleep(.1)
     parent.kill(); parent.wait()
-    assert ended(parent.pid)
+    assert ended(parent.pid, tmp_path)
 
 
 def test_a_grid_takes_up_runs_made_alone(tmp_path, whole):
