@@ -3,7 +3,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 
 import pytest
 
@@ -28,12 +27,12 @@ def shown(outputs):
     return "\n".join("".join(d.get(k, "")) for d in data for k in ("text", "text/plain", "text/markdown"))
 
 
-def test_the_command_of_its_first_lines_from_another_folder(tmp_path):
+def test_the_command_of_its_first_lines_from_another_folder(tmp_path, python):
     "the run is whole and where the last cell says, each cell shows what it should, papermill is content"
     before = listing(ROOT / "runs")
     env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}
     given = [str(word) for k, v in SMALL.items() for word in ("-p", k, v)]
-    command = [sys.executable, "-m", "papermill", NOTEBOOK, "out.ipynb", "--no-progress-bar", *given]
+    command = [python, "-m", "papermill", NOTEBOOK, "out.ipynb", "--no-progress-bar", *given]
     done = subprocess.run(command, cwd=tmp_path, env=env | {"LFDM_RUNS": str(tmp_path / "runs")},
                           capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr[-3000:]
