@@ -127,10 +127,8 @@ def test_a_deleted_run_is_made_again(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("given, message", [
-    (dict(tagret=["x"]), "unknown axis 'tagret'. Did you mean 'target'? Valid: 'study', 'dataset', "),
-    (dict(dataset=["ring", "rnig"]), "unknown dataset 'rnig'. Did you mean 'ring'? Valid: 'cluster', "),
-    (dict(seed=[]), "axis 'seed' of the grid is empty."), (dict(study="empty"), "the grid is empty."),
-    (dict(seed=0, study="../x"), "study must be a plain folder name, not '../x' (str)."),
+    (dict(tagret=["x"]), "unknown axis 'tagret'. Did you mean 'target'?"),
+    (dict(study="empty"), "the grid is empty."), (dict(seed=0, study="{x}"), "takes no braces"),
     (dict(kind="image"), "unknown kind of run 'image'. Did you mean 'images'?"),
     (dict(kind="images", dataset="folder", path="nowhere"), "there is no folder 'nowhere'"),
     (dict(kind="images", seed=0, also=[dict(content="x")]), "unknown axis 'content'."),
@@ -157,8 +155,8 @@ def test_the_thesis_grid_is_that_of_its_study():
 
 def test_further_cells_of_a_grid_of_images(folder, monkeypatch):
     further = [dict(target="v", weighting="sigmoid", seed="1")]
-    made = read(folder, monkeypatch, kind="images", dataset=["digits", "templates"], flip=True, also=further)
-    assert len(made["cells"]) == 4 and sum("-sigmoid-cosine-s1-" in slug for slug in made["cells"]) == 2
+    made = read(folder, monkeypatch, kind="images", target=["x", "v"], flip=True, also=further)["cells"]
+    assert len(made) == 3 and sum("-v-sigmoid-cosine-s1-" in slug for slug in made) == 1
 
 
 def test_the_grid_of_cifar10_is_that_of_its_study():
