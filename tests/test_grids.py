@@ -50,13 +50,9 @@ def test_a_grid_that_cannot_be():
 def test_a_stack_shares_exact_values():
     "digits that a repr drops count; what may differ in a stack, differs"
     for field, values in dict(lr=[1e-3, 1.0000000001e-3], ema=[.9, .9000000001], clip=[None, 1.],
-                              warmup=[0, 1], schedule=["cosine", "shifted_cosine(shift=1e-9)"],
-                              logsnr_max=[9., 9.000000001], width=[8, 9],
-                              dataset=["ring", "cluster"]).items():
-        found = stacks_of(grid(**{field: values}))
-        assert len(found) == (1 if field == "dataset" else 2), field
-    free = {"dataset", "target", "weighting", "seed"}
-    assert set(SHARED) | free == set(Parameters.__dataclass_fields__)
+                              schedule=["cosine", "shifted_cosine(shift=1e-9)"], width=[8, 9]).items():
+        assert len(stacks_of(grid(**{field: values}))) == 2, field
+    assert {*SHARED, "dataset", "target", "weighting", "seed"} == set(Parameters.__dataclass_fields__)
 
 
 def test_stacks_are_those_of_before():

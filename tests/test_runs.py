@@ -150,24 +150,20 @@ def test_a_damaged_checkpoint_is_named_and_kept(tmp_path, whole):
     again(tmp_path, whole, ("train", 0, 3))
 
 
-def test_the_checkpoint_of_another_run_is_refused_and_kept(tmp_path):
+def test_the_checkpoint_of_another_run_is_refused(tmp_path):
     "of the same network: only its name tells it apart"
-    p, other = (small(ema=.8, clip=.3, warmup=6, lr=lr) for lr in (1e-3, 2e-3))
+    p, other = small(lr=1e-3), small(lr=2e-3)
     with pytest.raises(Stopped): make_run(other, root=tmp_path, progress=stop_at("train", 2))
-    os.replace(part(other, tmp_path), work := part(p, tmp_path))
-    before = tree(work)
+    os.replace(part(other, tmp_path), part(p, tmp_path))
     says = f"checkpoint .*another run, {other.slug()}.*Move it away"
     with pytest.raises(ValueError, match=says): make_run(p, root=tmp_path)
-    assert tree(work) == before
 
 
 # ---- finished runs
 
 def test_a_finished_run_is_loaded_not_made(whole):
     before, run = tree(whole.folder.parent), make(whole.folder.parent.parent, stop_at("train", 0))
-    assert run.parameters == optional() == whole.parameters
-    assert (run.summary, run.metrics) == (whole.summary, whole.metrics)
-    assert torch.equal(run.samples, whole.samples) and tree(whole.folder.parent) == before
+    assert run.parameters == optional() and alike(run, whole) and tree(whole.folder.parent) == before
     assert [m["epoch"] for m in run.metrics] == [0, 1, 2, 3] and run.samples.shape == (50, 2)
     assert {"python", "torch", "numpy", "commit", "seconds"} <= set(run.environment)
 
@@ -285,7 +281,7 @@ def test_sizes_are_compared_before_anything_is_allocated(copied):
     "40 GB of weights and 2 GB of samples in a record of 2 kB"
     before = (copied / "params.json").read_bytes()
     old(copied, lambda r: r["parameters"].update(width=100_000))
-    with pytest.raises(ValueError, match="model.safetensors: it belongs to another network"): load_run(copied)
+    with pytest.raises(ValueError, match="it belongs to another network"): load_run(copied)
     (copied / "params.json").write_bytes(before)
     with zipfile.ZipFile(copied / "samples.npz", "w") as archive, archive.open("samples.npy", "w") as file:
         header = dict(descr="<f8", fortran_order=False, shape=(150_000_000, 2))
@@ -360,10 +356,9 @@ def test_what_may_not_be_written(open_folder, whole):
     with nobody(): assert make(open_folder).summary == whole.summary
 
 
-@pytest.mark.parametrize("what", ["", "params.json"])
-def test_what_may_not_be_read(what, open_folder, whole):
+def test_what_may_not_be_read(open_folder, whole):
     shutil.copytree(whole.folder, folder := open_folder / "train" / whole.folder.name)
-    (folder / what).chmod(0)
+    (folder / "params.json").chmod(0)
     says = f"^run {folder} may not be read: Permission denied.$"
     with nobody(), pytest.raises(PermissionError, match=says): make(open_folder)
 
@@ -439,27 +434,17 @@ def test_where_a_run_lies(tmp_path, whole, monkeypatch):
         assert load_run("runs/train/my favourite run").summary == whole.summary
 
 
-@pytest.mark.parametrize("fault, kind, says", [
+@pytest.mark.parametrize("fault, says", [
     (RuntimeError("[alloc.cpp] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.\nframe #0"),
-     RuntimeError, "^out of memory on 'cpu': .*9 bytes.. Lower batch_size.*checkpoint"),
-    (MemoryError("Unable to allocate 9 GiB"), RuntimeError, "^out of memory .*9 GiB. Lower batch_size"),
-    (FileNotFoundError("there is no folder of images"), FileNotFoundError, "^there is no folder of images$"),
-    (RuntimeError("shapes"), RuntimeError, "^shapes$")], ids=str)
-def test_what_is_said_of_a_fault_in_training(fault, kind, says, tmp_path, monkeypatch):
+     "^out of memory on 'cpu': .*9 bytes.. Lower batch_size.*checkpoint"),
+    (FileNotFoundError("there is no folder of images"), "^there is no folder of images$")], ids=str)
+def test_what_is_said_of_a_fault_in_training(fault, says, tmp_path, monkeypatch):
     def fit(*_): raise fault
     monkeypatch.setattr(PointsTask, "fit", fit)
-    with pytest.raises(kind, match=says): make(tmp_path)
+    with pytest.raises(type(fault), match=says): make(tmp_path)
 
 
 def test_nan_in_training_leaves_no_run(tmp_path):
     ill = small(lr=1e6, target="score", weighting="nelbo")
     with pytest.raises(FloatingPointError, match="epoch 1 .*lr 1e.06.*Lower lr"): make_run(ill, root=tmp_path)
     assert not list((tmp_path / "train").glob("[!.]*"))
-
-
-def test_a_progress_bar_serves_two_runs(capfd):
-    bar = runs.progress_bar()
-    for _ in range(2):
-        for now in (("train", 1, 3), ("train", 3, 3), ("sample", 1, 2), ("sample", 2, 2)): bar(*now)
-    err = capfd.readouterr().err
-    assert err.count("3/3") == 2 and err.count("2/2") == 2

@@ -32,7 +32,6 @@ from lfdm.studies import (
     measured,
     npz_bytes,
     sample_quality,
-    table,
 )
 
 SMALL = dict(dataset="cluster", epochs=2, width=8, batch_size=50_000, sample_steps=4, n_samples=50)
@@ -82,7 +81,6 @@ def test_a_record_comes_back_as_it_was_with_rows_and_arrays_of_the_same_runs(rec
 
 @pytest.mark.parametrize("ask, says", [
     (lambda record: record.values("loss_curv"), "Did you mean 'loss_curve'"),
-    (lambda record: record.values("loss", target="eps"), "unknown target 'eps'. Valid: 'x', 'v'"),
     (lambda record: record.values("loss", seed=7), r"no run has seed = 7, only \[0, 1\]"),
     (lambda record: record.values("samples", target="v"), "first 2 of 4"),
     (lambda record: Record({}, [dict(a=1, b=1), dict(a=2, b=2)], {}).where(a=1, b=2), "no run of this"),
@@ -135,8 +133,7 @@ def lying():
     ({}, npz_bytes({"a": np.zeros(100)}), r"a.npy has shape \(100,\) of float64 for 4 runs"),
     ({}, npz_bytes({"a": np.zeros((4, 1000))}), "would take more than 30,000 bytes"),
     ({}, lying(), r"a.npy has shape \(4, 1000000000\)"),
-    ({"study": "other"}, npz_bytes({}), "it is of study 'other'"),
-    ({"more": 1}, npz_bytes({}), "it must hold study, scale")], ids=range(5))
+    ({"study": "other"}, npz_bytes({}), "it is of study 'other'")], ids=range(4))
 def test_a_record_is_compared_with_what_it_says_before_anything_is_allocated(
         record, monkeypatch, change, packed, says):
     "though all digests are right; and an old one that has none is loaded, but says so"
@@ -236,9 +233,8 @@ def test_what_cannot_be_written_or_measured_is_refused_before_any_work(place_for
     asked = grid(target="x", **SMALL)
     for name, value, says in (
             ("epochs", [3], "epochs must be from 0 to 2"), ("logsnr", [20.], "logsnr must be"),
-            ("steps", [4], "steps must hold another"), ("step", [2], "Did you mean 'steps'"),
-            ("times", [], "times of the settings"), ("points", "a", "points must be a whole")):
-        with pytest.raises((ValueError, TypeError), match=says):
+            ("steps", [4], "steps must hold another"), ("step", [2], "Did you mean 'steps'")):
+        with pytest.raises(ValueError, match=says):
             make_record("new", asked, MEASURED | {name: value}, "smoke")
     monkeypatch.setattr(studies.tempfile, "TemporaryFile", refused)
     with pytest.raises(OSError, match="no record can be written in .*Read-only"):
@@ -286,13 +282,6 @@ def test_settings_are_told_apart_and_studies_and_scales_too(place_for_all):
     assert len(made) == 11
 
 
-def test_settings_that_have_no_name_are_refused_before_any_work(place_for_all):
-    make, calls = counted()
-    with pytest.raises(TypeError):
-        all_cached("study", "smoke", [dict(i=0), dict(i=np.int64(1))], lambda i: make())
-    assert not calls, "the first was measured before the second was found to be no plain value"
-
-
 def test_what_is_measured_on_a_network_that_is_known(record, runs, monkeypatch):
     "one that always answers 0 misses x by x; the exact denoiser has learned the exact score"
     run = load_run(runs / "study-smoke" / record.rows[0]["run"])
@@ -313,10 +302,9 @@ def test_only_divergence_is_taken_for_divergence():
     with pytest.raises(RuntimeError, match="shapes"): judged(lambda z, level: (layer(z), z))
 
 
-def test_a_table_of_means_over_seeds():
-    rows = [(said, mean_sd(given, ".2f")) for said, given in (("none", []), ("one", [2.]), ("two", [1., 3.]))]
-    assert table(("a", "b"), rows, "\n\nnote").data == (
-        "| a | b |\n| --- | --- |\n| none | – |\n| one | 2.00 ± 0.00 |\n| two | 2.00 ± 1.41 |\n\nnote")
+def test_means_over_seeds():
+    said = [mean_sd(given, ".2f") for given in ([], [2.], [1., 3.])]
+    assert said == ["–", "2.00 ± 0.00", "2.00 ± 1.41"]
 
 
 # --- several processes
