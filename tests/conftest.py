@@ -46,6 +46,13 @@ def outcomes(request):
     return found
 
 
+@pytest.fixture(scope="session")
+def python():
+    "A command that starts at once; see quick.py."
+    import quick
+    with quick.python() as command: yield command
+
+
 @pytest.fixture
 def copied(whole, tmp_path):
     "A copy of a module's finished run, to be damaged."

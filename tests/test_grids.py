@@ -1,7 +1,5 @@
 "Attempts to break lfdm.grids: what shares a stack, grids killed and taken up again, one run that diverges."
-import dataclasses
-import subprocess
-import sys
+import os
 import time
 
 import numpy as np
@@ -15,8 +13,8 @@ from lfdm.data import DATASETS
 from lfdm.grids import SHARED, grid, make_grid, stacks_of
 from lfdm.images.parameters import ImageParameters
 from lfdm.parameters import Parameters
-from lfdm.runs import beside, folder_of, make_run
-from tiny import SMALL, Stopped, Tiny, made, register, stop_at
+from lfdm.runs import beside, folder_of, load_run, make_run
+from tiny import SERVER, SMALL, Stopped, Tiny, made, register, stop_at
 
 
 @pytest.fixture(autouse=True)
@@ -32,31 +30,19 @@ def whole(tmp_path_factory):
 
 def test_a_grid_is_the_product_of_its_axes():
     for kind in (Parameters, ImageParameters):
-        asked = grid(kind, target=("x", "v"), seed=[0, 1, 2], epochs=2)
-        assert asked == [kind(target=t, seed=s, epochs=2) for t in ("x", "v") for s in (0, 1, 2)]
-        assert asked[:3] == grid(kind, target="x", seed=range(3), epochs=2)
-        assert asked[:3] == grid(kind, target="x", seed=np.arange(3), epochs=2)
+        asked = grid(kind, target=("x", "v"), seed=[0, 1], epochs=2)
+        assert asked == [kind(target=t, seed=s, epochs=2) for t in ("x", "v") for s in (0, 1)]
+    for seeds in (range(2), np.arange(2)): assert asked[:2] == grid(kind, target="x", seed=seeds, epochs=2)
 
 
-@pytest.mark.parametrize("kind, axes, says", [
-    (Parameters, dict(targets=["x"]), "unknown axis 'targets'. Did you mean 'target'"),
-    (Parameters, dict(seed=[]), "axis 'seed' of the grid is empty"),
-    (Parameters, dict(target=["x", "noise"]), "unknown target 'noise'"),
-    (ImageParameters, dict(width=[8]), "unknown axis 'width'"),
-    (dict, {}, "kind must be a class of parameters")])
-def test_a_grid_that_cannot_be(kind, axes, says):
-    with pytest.raises((ValueError, TypeError), match=says): grid(kind, **axes)
-
-
-@pytest.mark.parametrize("given, says", [
-    (dict(parameters=[ImageParameters()]), "parameters must be a list of Parameters, not Image.*make_images"),
-    (dict(parameters=Parameters()), "^parameters must be a list of Parameters, not Parameters"),
-    (dict(parameters="ring"), "^parameters must"), (dict(parameters=[None]), "^parameters must"),
-    (dict(study="a/b"), "^study must"), (dict(root=3), "^root must"), (dict(stack=0), "^stack must"),
-    (dict(workers=10**6), "^workers must"), (dict(progress=5), "^progress must")], ids=str)
-def test_what_make_grid_is_given(given, says):
-    with pytest.raises((ValueError, TypeError), match=says) as e: make_grid(**dict(parameters=[]) | given)
-    assert len(str(e.value)) <= 300
+def test_a_grid_that_cannot_be():
+    for kind, axes, says in (
+            (Parameters, dict(targets=["x"]), "unknown axis 'targets'. Did you mean 'target'"),
+            (Parameters, dict(seed=[]), "axis 'seed' of the grid is empty"),
+            (ImageParameters, dict(width=[8]), "unknown axis 'width'")):
+        with pytest.raises(ValueError, match=says): grid(kind, **axes)
+    says = "parameters must be a list of Parameters, not Image.*make_images"
+    with pytest.raises(TypeError, match=says): make_grid([ImageParameters()])
 
 
 # ---- stacks
@@ -64,13 +50,9 @@ def test_what_make_grid_is_given(given, says):
 def test_a_stack_shares_exact_values():
     "digits that a repr drops count; what may differ in a stack, differs"
     for field, values in dict(lr=[1e-3, 1.0000000001e-3], ema=[.9, .9000000001], clip=[None, 1.],
-                              warmup=[0, 1], schedule=["cosine", "shifted_cosine(shift=1e-9)"],
-                              logsnr_max=[9., 9.000000001], width=[8, 9],
-                              dataset=["ring", "cluster"]).items():
-        found = stacks_of(grid(**{field: values}))
-        assert len(found) == (1 if field == "dataset" else 2), field
-    free = {"dataset", "target", "weighting", "seed"}
-    assert set(SHARED) | free == set(Parameters.__dataclass_fields__)
+                              schedule=["cosine", "shifted_cosine(shift=1e-9)"], width=[8, 9]).items():
+        assert len(stacks_of(grid(**{field: values}))) == 2, field
+    assert {*SHARED, "dataset", "target", "weighting", "seed"} == set(Parameters.__dataclass_fields__)
 
 
 def test_stacks_are_those_of_before():
@@ -106,22 +88,11 @@ def records(root):
     return {f.name: (f / "params.json").read_bytes() for f in (root / "train").glob("[!.]*")}
 
 
-@pytest.mark.parametrize("death", [("train", 0), ("train", 2), ("train", 3), ("sample", 2), ("sample", 5),
-                                   ("stack", 1)], ids=str)
+@pytest.mark.parametrize("death", [("train", 2), ("sample", 2), ("stack", 1)], ids=str)
 def test_a_killed_grid_loses_nothing_and_ends_the_same(death, tmp_path, whole):
     with pytest.raises(Stopped): make_grid(list(whole), root=tmp_path, stack=2, progress=stop_at(*death))
     assert len(ends_the_same(tmp_path, whole)) == (2 if death[0] == "stack" else 0)
     assert not list((tmp_path / "train").glob(".*"))
-
-
-def test_the_checkpoint_of_another_stack_is_refused(tmp_path, whole):
-    with pytest.raises(Stopped): make_grid([*whole][:2], root=tmp_path, progress=stop_at("train", 2))
-    checkpoint, = tmp_path.glob("train/.stack*")
-    others = [dataclasses.replace(p, seed=7) for p in [*whole][:2]]
-    with pytest.raises(Stopped): make_grid(others, root=tmp_path, progress=stop_at("train", 2))
-    other, = {*tmp_path.glob("train/.stack*")} - {checkpoint}
-    other.replace(checkpoint)
-    with pytest.raises(ValueError, match="checkpoint.*Move it away"): make_grid([*whole][:2], root=tmp_path)
 
 
 def test_a_grid_killed_between_the_records_of_a_stack_ends_the_same(tmp_path, whole, monkeypatch):
@@ -139,21 +110,24 @@ def test_a_grid_killed_between_the_records_of_a_stack_ends_the_same(tmp_path, wh
     assert len(ends_the_same(tmp_path, whole)) == 3 and not list((tmp_path / "train").glob(".*"))
 
 
-LONG = """
-import sys
-from lfdm.grids import grid, make_grid
-few = dict(dataset="cluster", width=4, batch_size=50_000, n_samples=8, sample_steps=2)
-make_grid(grid(epochs=[1, 100_000], **few), root=sys.argv[1], stack=1, workers=2)
-"""
+FEW = dict(dataset="cluster", width=4, batch_size=50_000, n_samples=8, sample_steps=2)
 
-def test_the_workers_of_a_killed_grid_end_with_it(tmp_path):
+def endless(root):
+    os.setsid()
+    make_grid(grid(epochs=[1, 100_000], **FEW), root=root, stack=1, workers=2)
+
+
+def test_two_workers_give_what_one_gives_and_end_with_a_killed_grid(tmp_path):
     "one is at work and one has nothing to do: it would hold its memory for minutes (more kills: kills.py)"
-    parent = subprocess.Popen([sys.executable, "-c", LONG, tmp_path], start_new_session=True)
-    for _ in range(1200):
-        if list(tmp_path.glob("train/cluster*")): break   # the short run is finished
-        time.sleep(.1)
-    parent.kill(); parent.wait()
+    parent = SERVER.Process(target=endless, args=(tmp_path,))
+    parent.start()
+    while not (finished := list(tmp_path.glob("train/cluster*"))) and parent.is_alive(): time.sleep(.1)
+    parent.kill(), parent.join()
     assert ended(parent.pid, tmp_path)
+    run, = make_grid(grid(epochs=1, **FEW), root=tmp_path / "one")[0].values()
+    found = load_run(*finished)
+    assert found.summary["loss"] == pytest.approx(run.summary["loss"], rel=1e-4)
+    assert found.environment["threads"] == 1 and (found.samples - run.samples).abs().max() < 1e-2
 
 
 def test_a_grid_takes_up_runs_made_alone(tmp_path, whole):

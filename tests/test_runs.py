@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from lfdm import runs
 from lfdm.data import DATASETS
@@ -88,7 +87,7 @@ def start(root, kill_at=None, started=None, go=None):
 def test_killed_at_every_step_and_resumed_is_bit_identical(tmp_path, whole):
     "each start goes some events further than the one before; in between, half of what was written is lost"
     folder, work, deaths, resumed = at(tmp_path), part(optional(), tmp_path), 0, 0
-    for kill_at in range(0, 300, 4):
+    for kill_at in range(0, 300, 6):
         said = start(tmp_path, kill_at).said()
         if said != "killed": break
         deaths += 1
@@ -99,8 +98,7 @@ def test_killed_at_every_step_and_resumed_is_bit_identical(tmp_path, whole):
         for name, f in written.items():        # as if the write were still in progress
             if name == CHECKPOINT or deaths % 2 == 0: continue
             f.write_bytes(f.read_bytes()[:f.stat().st_size // 2])
-        if deaths in (6, 10) and work.is_dir(): (work / ".tmpXyz123").write_bytes(bytes(100))
-    assert said == f"made {folder.name}" and deaths >= 12 and resumed >= 6
+    assert said == f"made {folder.name}" and deaths >= 8 and resumed >= 5
     assert content(folder) == content(whole.folder)
     assert set(os.listdir(folder.parent)) <= {folder.name, f".{folder.name}.lock"}   # which nobody holds
 
@@ -113,8 +111,8 @@ def test_two_at_once_and_the_second_takes_over(tmp_path, whole):
     says = re.escape(f"another process is making this run ({part(optional(), tmp_path)}). Wait")
     with pytest.raises(RuntimeError, match=f"^{says}[^\n]*$"): make(tmp_path)
     assert tree(tmp_path) == before and first.is_alive()
-    first.kill(); first.join()
-    said = [c.said() for c in [start(tmp_path) for _ in range(3)]]
+    first.kill(), first.join()
+    said = [c.said() for c in [start(tmp_path) for _ in range(2)]]
     assert all(s.startswith("made") or "another process" in s for s in said) and "made" in str(said)
     assert content(whole.folder) == content(at(tmp_path))
 
@@ -142,33 +140,28 @@ def test_a_kill_between_the_complete_record_and_its_renaming_loses_nothing(tmp_p
 def test_a_damaged_checkpoint_is_named_and_kept(tmp_path, whole):
     with pytest.raises(Stopped): make(tmp_path, stop_at("train", 2))
     checkpoint = part(optional(), tmp_path) / CHECKPOINT
-    for damage in ("cut", "a folder"):
-        DAMAGE[damage](checkpoint)
-        before = tree(tmp_path)
-        with pytest.raises(ValueError, match="checkpoint.*Move it away"): make(tmp_path)
-        assert tree(tmp_path) == before
-    checkpoint.rmdir()
+    DAMAGE["cut"](checkpoint)
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match="checkpoint.*Move it away"): make(tmp_path)
+    assert tree(tmp_path) == before
+    checkpoint.unlink()
     again(tmp_path, whole, ("train", 0, 3))
 
 
-def test_the_checkpoint_of_another_run_is_refused_and_kept(tmp_path):
+def test_the_checkpoint_of_another_run_is_refused(tmp_path):
     "of the same network: only its name tells it apart"
-    p, other = (small(ema=.8, clip=.3, warmup=6, lr=lr) for lr in (1e-3, 2e-3))
+    p, other = small(lr=1e-3), small(lr=2e-3)
     with pytest.raises(Stopped): make_run(other, root=tmp_path, progress=stop_at("train", 2))
-    os.replace(part(other, tmp_path), work := part(p, tmp_path))
-    before = tree(work)
+    os.replace(part(other, tmp_path), part(p, tmp_path))
     says = f"checkpoint .*another run, {other.slug()}.*Move it away"
     with pytest.raises(ValueError, match=says): make_run(p, root=tmp_path)
-    assert tree(work) == before
 
 
 # ---- finished runs
 
 def test_a_finished_run_is_loaded_not_made(whole):
     before, run = tree(whole.folder.parent), make(whole.folder.parent.parent, stop_at("train", 0))
-    assert run.parameters == optional() == whole.parameters
-    assert (run.summary, run.metrics) == (whole.summary, whole.metrics)
-    assert torch.equal(run.samples, whole.samples) and tree(whole.folder.parent) == before
+    assert run.parameters == optional() and alike(run, whole) and tree(whole.folder.parent) == before
     assert [m["epoch"] for m in run.metrics] == [0, 1, 2, 3] and run.samples.shape == (50, 2)
     assert {"python", "torch", "numpy", "commit", "seconds"} <= set(run.environment)
 
@@ -193,19 +186,18 @@ def test_a_record_of_another_time_or_device_loads_and_says_that_it_has_no_digest
 
 def test_what_a_study_commits_loads(copied):
     "fewer samples, in float16: a change on purpose, with the digests renewed"
-    x = load_run(copied).samples
-    np.savez(copied / "samples.npz", samples=x[:20].numpy().astype(np.float16))
-    refused(copied, "samples.npz: it changed")
+    x = load_run(copied).samples[:20]
+    np.savez(copied / "samples.npz", samples=x.numpy().astype(np.float16))
     assert not load_run(copied, check=False).verified
     reseal(copied)
     run = load_run(copied)
-    torch.testing.assert_close(run.samples, x[:20], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(run.samples, x, rtol=1e-3, atol=1e-3)
     assert run.verified
 
 
 # ---- damaged records
 
-DAMAGE = {"missing": lambda p: p.unlink(), "empty": lambda p: p.write_bytes(b""),
+DAMAGE = {"missing": lambda p: p.unlink(),
           "cut": lambda p: p.write_bytes(p.read_bytes()[:p.stat().st_size // 2]),
           "a folder": lambda p: (p.unlink(), p.mkdir())}
 
@@ -219,11 +211,13 @@ def refused(folder, says=None):
     assert tree(folder.parent) == before
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("file", FILES)
-def test_a_damaged_file_is_named(file, damage, copied):
-    DAMAGE[damage](copied / file)
-    refused(copied, re.escape(file))
+def test_a_damaged_file_is_named(file, copied, whole):
+    for damage in DAMAGE.values():
+        damage(copied / file)
+        refused(copied, re.escape(file))
+        if (copied / file).is_dir(): (copied / file).rmdir()
+        shutil.copy(whole.folder / file, copied / file)
 
 
 def of_record(change): return "params.json", lambda f: edit(f, change)
@@ -233,14 +227,11 @@ def of_lines(change): return "metrics.jsonl", lambda f: f.write_text(change(f.re
 
 LESS = {
     "a lost epoch": of_lines(lambda text: text[:text.rindex("{")]),
-    "metrics are numbers": of_lines(lambda text: "1\n2\n3\n4\n"),
     "an empty summary": ("summary.json", lambda f: f.write_text("{}")),
     "no environment": of_record(lambda r: r.pop("environment")),
     "an entry more": of_record(lambda r: r.update(sha257={})),
     "a wrong type": of_record(lambda r: r["parameters"].update(epochs="3")),
     "another version": of_record(lambda r: r.update(results_version=RESULTS_VERSION - 1)),
-    "narrower": ("model.safetensors", lambda f: save_file({k: v[:-1] for k, v in load_file(f).items()}, f)),
-    "samples of another name": of_samples(x=np.zeros((3, 2))),
     "samples of another shape": of_samples(samples=np.zeros((50, 3))),
     "pickled samples": of_samples(samples=np.array([{}]))}
 
@@ -282,20 +273,12 @@ def test_a_flipped_bit_is_noticed_or_harmless(copied, whole):
     assert noticed >= 50 and alike(load_run(copied), whole)
 
 
-def test_files_of_two_runs_are_not_swapped(copied, tmp_path, whole):
-    other = make_run(small(ema=.8, clip=.3, warmup=6, seed=1), root=tmp_path / "other").folder
-    for file in FILES:
-        shutil.copy(other / file, copied / file)
-        with pytest.raises(ValueError, match="it changed since it was written"): load_run(copied)
-        shutil.copy(whole.folder / file, copied / file)
-
-
 @pytest.mark.filterwarnings("ignore:this run carries no digests")
 def test_sizes_are_compared_before_anything_is_allocated(copied):
     "40 GB of weights and 2 GB of samples in a record of 2 kB"
     before = (copied / "params.json").read_bytes()
     old(copied, lambda r: r["parameters"].update(width=100_000))
-    with pytest.raises(ValueError, match="model.safetensors: it belongs to another network"): load_run(copied)
+    with pytest.raises(ValueError, match="it belongs to another network"): load_run(copied)
     (copied / "params.json").write_bytes(before)
     with zipfile.ZipFile(copied / "samples.npz", "w") as archive, archive.open("samples.npy", "w") as file:
         header = dict(descr="<f8", fortran_order=False, shape=(150_000_000, 2))
@@ -324,10 +307,10 @@ def small_files(limit):
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-@pytest.mark.parametrize("phase, done, limit", [("train", 0, 500), ("train", 1, 2000), ("train", 3, 0),
-                                                *(("sample", 5, k) for k in (0, 500, 1400, 2000))])
+@pytest.mark.parametrize("phase, done, limit", [("train", 0, 500), ("train", 3, 0), ("sample", 5, 500),
+                                                ("sample", 5, 1400)])
 def test_a_full_disk(phase, done, limit, tmp_path, whole):
-    "at the first checkpoint, at a later one, and at each file of the record"
+    "at the first checkpoint, at the last one, and in the record"
     with contextlib.ExitStack() as stack:
         def progress(*now):
             if now[:2] == (phase, done): stack.enter_context(small_files(limit))
@@ -360,20 +343,19 @@ def open_folder():
 def test_what_may_not_be_written(open_folder, whole):
     "a finished run on a read-only disk loads"
     (open_folder / "train").mkdir()
-    for root, mode in [("/dev/null", 0o555), ("/proc/lfdm", 0o555), (open_folder, 0o555), (open_folder, 0)]:
+    for mode in (0o555, 0):
         (open_folder / "train").chmod(mode)
-        with nobody(), pytest.raises(OSError, match=f"^cannot write the run to {root}.*resume"):
-            make(root)
+        says = f"^cannot write the run to {open_folder}.*resume"
+        with nobody(), pytest.raises(OSError, match=says): make(open_folder)
     (open_folder / "train").chmod(0o755)
     shutil.copytree(whole.folder, open_folder / "train" / whole.folder.name)
     for p in open_folder.rglob("*"): p.chmod(0o555 if p.is_dir() else 0o444)
     with nobody(): assert make(open_folder).summary == whole.summary
 
 
-@pytest.mark.parametrize("what", ["", "params.json"])
-def test_what_may_not_be_read(what, open_folder, whole):
+def test_what_may_not_be_read(open_folder, whole):
     shutil.copytree(whole.folder, folder := open_folder / "train" / whole.folder.name)
-    (folder / what).chmod(0)
+    (folder / "params.json").chmod(0)
     says = f"^run {folder} may not be read: Permission denied.$"
     with nobody(), pytest.raises(PermissionError, match=says): make(open_folder)
 
@@ -381,6 +363,8 @@ def test_what_may_not_be_read(what, open_folder, whole):
 def test_all_is_on_the_disk_before_it_is_published(tmp_path, monkeypatch):
     "a file before it gets its name, the folder before the checkpoint goes, all before the run gets its name"
     done, where, folder, work = {}, "/proc/self/fd/{}".format, at(tmp_path), part(optional(), tmp_path)
+    work.mkdir(parents=True)
+    (left := work / ".tmpXyz123").touch()   # by a killed process
     def noted(name, path_of, count=itertools.count()):  # noqa: B008
         real = getattr(os, name)
         def call(first, *rest):
@@ -393,7 +377,8 @@ def test_all_is_on_the_disk_before_it_is_published(tmp_path, monkeypatch):
     for name in FILES:
         draft = str(work / f".{name}.{os.getpid()}")
         assert done["fsync", draft] < done["replace", draft] < done["fsync", str(work)]
-    assert done["fsync", str(work)] < done["unlink", str(work / CHECKPOINT)] < done["replace", str(work)]
+    last = done["unlink", str(work / CHECKPOINT)]
+    assert max(done["fsync", str(work)], done["unlink", str(left)]) < last < done["replace", str(work)]
     assert done["replace", str(work)] < done["fsync", str(folder.parent)]
 
 
@@ -421,7 +406,8 @@ def test_a_machine_without_git_and_another_random_state(tmp_path, whole, monkeyp
     "the global random state is neither read nor changed"
     monkeypatch.setenv("PATH", str(tmp_path))
     torch.manual_seed(12345); np.random.seed(5); random.seed(5)
-    state = lambda: (torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate())
+    def state():
+        return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()
     before, run = state(), make(tmp_path)
     assert state() == before
     assert run.environment["commit"] is None and content(run.folder) == content(whole.folder)
@@ -436,8 +422,7 @@ def test_the_commit_is_not_that_of_a_strangers_repository(tmp_path, monkeypatch)
 
 def test_where_a_run_lies(tmp_path, whole, monkeypatch):
     "a relative path is meant from here, or else from the project's root; a folder may be moved"
-    for study in ("", "..", ".", "a/b", "..\\x", "a\nb", "x" * 300, 2024, None, Path("x")):
-        with pytest.raises(ValueError, match="study must be a plain folder name"): folder_of(small(), study)
+    with pytest.raises(ValueError, match="study must be a plain folder name"): folder_of(small(), "a/b")
     monkeypatch.setenv("LFDM_RUNS", str(tmp_path / "set"))
     assert folder_of(small(), "s").parent == tmp_path / "set" / "s"
     monkeypatch.setenv("LFDM_RUNS", "")
@@ -450,27 +435,17 @@ def test_where_a_run_lies(tmp_path, whole, monkeypatch):
         assert load_run("runs/train/my favourite run").summary == whole.summary
 
 
-@pytest.mark.parametrize("fault, kind, says", [
+@pytest.mark.parametrize("fault, says", [
     (RuntimeError("[alloc.cpp] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.\nframe #0"),
-     RuntimeError, "^out of memory on 'cpu': .*9 bytes.. Lower batch_size.*checkpoint"),
-    (MemoryError("Unable to allocate 9 GiB"), RuntimeError, "^out of memory .*9 GiB. Lower batch_size"),
-    (FileNotFoundError("there is no folder of images"), FileNotFoundError, "^there is no folder of images$"),
-    (RuntimeError("shapes"), RuntimeError, "^shapes$")], ids=str)
-def test_what_is_said_of_a_fault_in_training(fault, kind, says, tmp_path, monkeypatch):
+     "^out of memory on 'cpu': .*9 bytes.. Lower batch_size.*checkpoint"),
+    (FileNotFoundError("there is no folder of images"), "^there is no folder of images$")], ids=str)
+def test_what_is_said_of_a_fault_in_training(fault, says, tmp_path, monkeypatch):
     def fit(*_): raise fault
     monkeypatch.setattr(PointsTask, "fit", fit)
-    with pytest.raises(kind, match=says): make(tmp_path)
+    with pytest.raises(type(fault), match=says): make(tmp_path)
 
 
 def test_nan_in_training_leaves_no_run(tmp_path):
     ill = small(lr=1e6, target="score", weighting="nelbo")
     with pytest.raises(FloatingPointError, match="epoch 1 .*lr 1e.06.*Lower lr"): make_run(ill, root=tmp_path)
     assert not list((tmp_path / "train").glob("[!.]*"))
-
-
-def test_a_progress_bar_serves_two_runs(capfd):
-    bar = runs.progress_bar()
-    for _ in range(2):
-        for now in (("train", 1, 3), ("train", 3, 3), ("sample", 1, 2), ("sample", 2, 2)): bar(*now)
-    err = capfd.readouterr().err
-    assert err.count("3/3") == 2 and err.count("2/2") == 2

@@ -3,7 +3,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 
 import pytest
 
@@ -22,18 +21,12 @@ SMALL = dict(dataset="cluster", epochs=1, width=8, n_samples=200, sample_steps=4
 def listing(folder): return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
 
 
-def shown(outputs):
-    "All text of a notebook's outputs."
-    data = [o.get("data", {}) | {"text": o.get("text", "")} for o in outputs]
-    return "\n".join("".join(d.get(k, "")) for d in data for k in ("text", "text/plain", "text/markdown"))
-
-
-def test_the_command_of_its_first_lines_from_another_folder(tmp_path):
+def test_the_command_of_its_first_lines_from_another_folder(tmp_path, python):
     "the run is whole and where the last cell says, each cell shows what it should, papermill is content"
     before = listing(ROOT / "runs")
     env = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}
     given = [str(word) for k, v in SMALL.items() for word in ("-p", k, v)]
-    command = [sys.executable, "-m", "papermill", NOTEBOOK, "out.ipynb", "--no-progress-bar", *given]
+    command = [python, "-m", "papermill", NOTEBOOK, "out.ipynb", "--no-progress-bar", *given]
     done = subprocess.run(command, cwd=tmp_path, env=env | {"LFDM_RUNS": str(tmp_path / "runs")},
                           capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -44,8 +37,9 @@ def test_the_command_of_its_first_lines_from_another_folder(tmp_path):
     assert set(os.listdir(run)) == set(FILES) and load_run(run).parameters == Parameters(**SMALL)
     assert set(os.listdir(tmp_path)) == {"runs", "out.ipynb"}
     outputs = [o for _, cell in cells(tmp_path / "out.ipynb", "code") for o in cell["outputs"]]
-    text = shown(outputs)
-    assert sum("image/png" in o.get("data", {}) for o in outputs) == 4
+    data = [o.get("data", {}) | {"text": o.get("text", "")} for o in outputs]
+    text = "\n".join("".join(d.get(k, "")) for d in data for k in ("text", "text/plain", "text/markdown"))
+    assert sum("image/png" in d for d in data) == 4
     assert "epochs=1" in text and "| floor |" in text and "nan" not in text.lower()
     printed = re.findall(r"\S*/cluster-eps-weighted-cosine-s0-\w{8}\b", text)
     assert printed and all((tmp_path / p).samefile(run) for p in printed)
@@ -63,10 +57,10 @@ def test_the_parameters_tag_is_there_once():
 
 # ---- what papermill makes of the command line, run up to the check of the parameters
 
-def begin(options, **direct):
+def begin(options):
     "The notebook's first cells (names, check) with papermill's own conversions, without a kernel."
     words = shlex.split(options)
-    given = {k: _resolve_type(v) for _, k, v in zip(*[iter(words)] * 3)} | direct
+    given = {k: _resolve_type(v) for _, k, v in zip(*[iter(words)] * 3)}
     notebook = parameterize_notebook(papermill.iorw.load_notebook_node(str(NOTEBOOK)), given)
     code = [c.source for c in notebook.cells if c.cell_type == "code"]
     check = next(i for i, c in enumerate(code) if "parameters_from(" in c)
@@ -78,29 +72,18 @@ def begin(options, **direct):
 
 
 @pytest.mark.parametrize("options, expected", [
-    ("-p target v", dict(target="v")), ("-p epochs 1e1 -p lr 1", dict(epochs=10, lr=1.)),
-    ("-p logsnr_min None -p logsnr_max 5", dict(logsnr_max=5.)), ("-p logsnr_min -5", dict(logsnr_min=-5.)),
-    ("-p n_samples 1_000", dict(n_samples=1000)), ("", {})])
+    ("-p target v -p n_samples 1_000", dict(target="v", n_samples=1000)),
+    ("-p epochs 1e1 -p lr 1", dict(epochs=10, lr=1.)),
+    ("-p logsnr_min None -p logsnr_max 5", dict(logsnr_max=5.)), ("", {})])
 def test_what_a_user_types(options, expected): assert begin(options) == Parameters(**expected)
 
 
 @pytest.mark.parametrize("options, message", [
-    ("-p epoch 5", "unknown parameter 'epoch'. Did you mean 'epochs'? Valid: 'dataset', "),
     ("-p Target v", "unknown parameter 'Target'. Did you mean 'target'"),
     ("-p study ../x", "study must be a plain folder name, not '../x'"),
-    ("-p target epsilon", "unknown target 'epsilon'. Did you mean 'eps'"),
     ("-p target true", "unknown target"),
-    ('-p target ""', "unknown target ''"),
     ("-p sampler None", "unknown sampler None"),
-    ("-p epochs 2.5", "epochs must be a whole number, not 2.5"),
     ("-p epochs true", "epochs must"),
-    ("-p lr nan", "lr must be a number, not nan"),
-    ("-p seed 1e400", "seed must"),
-    ("-p logsnr_min 5 -p logsnr_max 5", "logsnr_min must be below logsnr_max")])
+    ("-p seed 1e400", "seed must")])
 def test_what_a_careless_user_types(options, message):
     with pytest.raises((ValueError, TypeError), match="^" + re.escape(message)): begin(options)
-
-
-@pytest.mark.parametrize("direct", [{"epochs": [5]}, {"lr": {"a": 1}}, {"target": ["v"]}, {"epoch": [1]}])
-def test_what_a_parameter_file_may_hold(direct):
-    with pytest.raises((ValueError, TypeError), match=next(iter(direct))): begin("", **direct)
