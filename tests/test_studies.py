@@ -5,7 +5,6 @@ import io
 import json
 import os
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +21,6 @@ from lfdm.studies import (
     Record,
     all_cached,
     arrow_grid,
-    cached_arrays,
     condense,
     error_variance,
     learned_score,
@@ -178,55 +176,13 @@ def test_a_record_from_before_a_parameter_was_added_is_of_its_default(record, ru
 
 # --- measurements that are kept
 
-ARRAYS = {"a": np.arange(6.).reshape(2, 3), "b": np.array(3, dtype=np.int16),
-          "c": np.array(["x", "yy"]), "d": np.zeros((0, 2), np.float16)}
-
-
-def counted(arrays=ARRAYS):
-    "make(), and the list that grows with each call"
-    calls = []
-    return lambda: calls.append(1) or arrays, calls
-
-
-def test_arrays_are_made_once_and_come_back_as_they_were(record, runs, tmp_path):
-    make, calls = counted()
-    path = tmp_path / "deep" / "er" / "a.npz"
-    assert all(same(cached_arrays(p, make), ARRAYS) for p in (path, path, str(path))) and len(calls) == 1
-    assert [f.name for f in path.parent.iterdir()] == ["a.npz"] and path.read_bytes() == npz_bytes(ARRAYS)
+def test_a_run_is_measured_once_for_each_settings(record, runs):
     run = runs / "study-smoke" / record.rows[0]["run"]
     assert measured(run, MEASURED | {"steps": [2, 3]})["quality"].shape == (3, 4)
-    assert len(list((runs / "study-smoke/measured").glob(f"{run.name}-*.npz"))) == 2, "one for each settings"
-
-
-def saved(save, array):
-    with io.BytesIO() as f: save(f, array); return f.getvalue()
-
-
-@pytest.mark.parametrize("damage", [
-    lambda b: b[:len(b) // 2], lambda b: b[:60] + bytes([b[60] ^ 1]) + b[61:],
-    lambda b: saved(np.save, np.arange(3)), lambda b: saved(np.savez, np.array([{}]))], ids=range(4))
-def test_a_damaged_file_is_made_again(tmp_path, damage):
-    "cut anywhere, one bit of the data turned, another kind of file, one that would have to be unpickled"
-    make, calls = counted({"a": np.arange(100.)})
-    path = tmp_path / "a.npz"
-    cached_arrays(path, make)
-    whole = path.read_bytes()
-    path.write_bytes(damage(whole))
-    assert all(same(cached_arrays(path, make), {"a": np.arange(100.)}) for _ in range(2))
-    assert len(calls) == 2 and path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
+    assert len(list((runs / "study-smoke/measured").glob(f"{run.name}-*.npz"))) == 2
 
 
 def refused(*a, **kw): raise OSError(errno.EROFS, "Read-only file system")
-
-
-@pytest.mark.parametrize("where", [(os, "replace"), (Path, "mkdir")])
-def test_a_full_or_read_only_disk_is_told_and_loses_nothing(tmp_path, monkeypatch, where):
-    path = tmp_path / "a.npz"
-    path.write_bytes(b"damaged")
-    monkeypatch.setattr(*where, refused)
-    with pytest.warns(UserWarning, match="not kept, for .*a.npz: .*Read-only"):
-        assert same(cached_arrays(path, lambda: ARRAYS), ARRAYS)
-    assert [f.read_bytes() for f in tmp_path.iterdir()] == [b"damaged"], "a draft was left"
 
 
 def test_what_cannot_be_written_or_measured_is_refused_before_any_work(place_for_all, monkeypatch):
