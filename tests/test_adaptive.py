@@ -81,20 +81,6 @@ def test_small_batches_fade_and_weigh_as_their_bins_are_seldom_visited():
         assert s._history.averages == pytest.approx([total / weight] * 3, rel=1e-5)   # too few for one bin
 
 
-def test_an_adapted_schedule_still_estimates_the_integral():
-    "the mean of w L′/p over its times is the integral of w L′, with less variance when adapted"
-    profile = lambda k: (-(k - 2)**2).exp() + 0.1
-    k = torch.linspace(-6, 6, 20_001, dtype=f64)
-    exact, s, spread = torch.trapezoid(profile(k), k).item(), AdaptiveSchedule(-6, 6), []
-    for step in range(60):
-        logsnr = s.logsnr(sample_times(4096, seeded(step), dtype=f64, low_discrepancy=False))
-        value = profile(logsnr) / s.density(logsnr)
-        assert abs(value.mean() - exact) < 5 * value.std() / 64
-        spread.append(value.std().item())
-        s.observe(logsnr, profile(logsnr))
-    assert spread[-1] < 0.3 * spread[0]
-
-
 @pytest.mark.parametrize("bins", [3, 7])
 def test_a_state_is_a_copy_and_belongs_to_its_schedule(bins):
     s, other = AdaptiveSchedule(-3, 5, bins=bins), AdaptiveSchedule(-3, 5, bins=bins)

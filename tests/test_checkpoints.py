@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lfdm.checkpoints import read_checkpoint, require_match, training_options
+from lfdm.checkpoints import read_checkpoint, require_match
 from lfdm.losses import DiffusionLoss
-from lfdm.training import TrainState, train, train_stack
+from lfdm.training import TrainState, train_stack
 from lfdm.validation import ValidationSet
 from trained import (
     DATA,
@@ -118,24 +118,6 @@ def test_the_format_of_the_file(tmp_path):
 
 # ---- what is resumed
 
-def test_resumed_after_any_epoch_is_bit_identical(tmp_path):
-    "the warm-up ends between the second checkpoint and the third"
-    validation = ValidationSet(LOSS, X, bins=5, denoise=DATA.denoise)
-    whole = new_state(**OPTIONS)
-    whole.save(tmp_path / "0")
-    for state in train(whole, LOSS, X, 4, 20, validation): state.save(tmp_path / f"{state.epoch}")
-    expected = everything(whole)
-    assert [h["epoch"] for h in whole.history] == [0, 1, 2, 3, 4]
-    faster = new_state(lr=.5, **OPTIONS)
-    faster.load(tmp_path / "2")
-    assert faster.optimizer.param_groups[0]["lr"] == .5   # its own
-    for epoch in (0, 2, 4):
-        other = new_state(seed=77, **OPTIONS)
-        other.load(tmp_path / f"{epoch}")
-        assert other.epoch == epoch and other.steps == 6 * epoch
-        assert everything(trained(other, 4, validation=validation)) == expected
-
-
 def test_a_stack_with_all_options_resumes_bit_identically(tmp_path):
     "in the middle of the warm-up, with schedules that learn beside one that does not"
     data = [DATA.sample(101, seed=m) for m in range(3)]
@@ -176,13 +158,12 @@ def test_a_checkpoint_of_other_options_or_without_its_average_is_refused(tmp_pat
 
 @pytest.mark.parametrize("damage", [
     dict(gone="schedule.0.seen"), dict(new={"schedule.1.seen": torch.zeros(4)}),
-    dict(new={"schedule.0.seen": torch.zeros(4).double()}),
-    dict(new={"schedule.0.seen.times": torch.tensor(-1)})], ids=str)
+    dict(new={"schedule.0.seen": torch.zeros(4).double()})])
 def test_what_a_schedule_learned_is_taken_whole_or_not_at_all(damage, tmp_path):
     loss, state = learning()
     trained(state, 2, loss=loss).save(tmp_path / "c")
     edited(tmp_path / "c", **damage)
-    refused(learning(5)[1], tmp_path / "c", f"{LEARNED}|less than nothing")
+    refused(learning(5)[1], tmp_path / "c", LEARNED)
 
 
 def test_when_one_schedule_refuses_what_it_learned_none_takes_it(tmp_path):
@@ -197,7 +178,9 @@ def test_when_one_schedule_refuses_what_it_learned_none_takes_it(tmp_path):
 def test_a_checkpoint_of_something_else_is_refused(checkpoint, tmp_path):
     new_state().save(tmp_path / "c", "eps-ring")
     refused(new_state(5), tmp_path / "c", "belongs to another run, eps-ring, not to v-ring", "v-ring")
-    for run in ("eps-ring", None): new_state(5).load(tmp_path / "c", run)
+    faster = new_state(lr=.5)
+    for run in ("eps-ring", None): faster.load(tmp_path / "c", run)
+    assert faster.optimizer.param_groups[0]["lr"] == .5   # its own
     refused(learning()[1], checkpoint, LEARNED)
     refused(new_state(5, 16), checkpoint, SHAPE)
     stacked([LOSS] * 2).save(tmp_path / "two")
@@ -283,30 +266,25 @@ def test_plain_and_compiled_checkpoints_are_one(tmp_path):
         assert same(a.result, b.result) and same(a.net, b.net) and b.steps == a.steps
 
 
-def buffered(**buffers):
-    net = nn.Linear(2, 2)
-    for name, tensor in buffers.items(): net.register_buffer(name, tensor)
-    return net
-
-
 class Extra(nn.Linear):
     def get_extra_state(self): return {"made": "today"}
     def set_extra_state(self, state): pass
 
 
-class Whole(nn.Linear):
-    def __init__(self):
-        super().__init__(2, 2)
-        self.levels = nn.Parameter(torch.arange(3), requires_grad=False)
+def having(**parts):
+    net = nn.Linear(2, 2)
+    for name, part in parts.items(): setattr(net, name, part)
+    return net
 
 
 @pytest.mark.parametrize("net, says", [
     (Extra(2, 2), r"extra state: .*\(_extra_state\)"), (nn.Linear(2, 2, dtype=torch.cfloat), "complex"),
     (nn.Identity(), "no parameter"), (nn.Linear(2, 2).requires_grad_(False), "none requires a gradient"),
-    (nn.LazyLinear(2), "lazy"), (Whole(), r"no floats.*\(levels\)"),
-    (nn.Embedding(3, 2, sparse=True), "sparse gradients"),
-    (nn.Linear(2, 2, device="meta"), "without a device"), (buffered(a=torch.ones(1).to("meta")), r"\(a\)"),
-    (buffered(places=torch.arange(2).expand(3, 2)), r"lies over itself.*\(places\)")], ids=str)
+    (nn.LazyLinear(2), "lazy"), (nn.Embedding(3, 2, sparse=True), "sparse gradients"),
+    (having(levels=nn.Parameter(torch.arange(3), requires_grad=False)), r"no floats.*\(levels\)"),
+    (nn.Linear(2, 2, device="meta"), "without a device"),
+    (having(a=nn.Buffer(torch.ones(1, device="meta"))), r"\(a\)"),
+    (having(places=nn.Buffer(torch.arange(2).expand(3, 2))), r"lies over itself.*\(places\)")])
 def test_a_network_that_no_checkpoint_brings_back_is_refused_at_once(net, says):
     with pytest.raises(ValueError, match=says): TrainState(net)
 
@@ -316,8 +294,3 @@ def test_a_network_that_cannot_be_copied_has_no_average():
     net.last = net(torch.zeros(1, 3))   # torch copies no tensor that was computed
     with pytest.raises(ValueError, match=r"net cannot be copied, as an average \(ema\) needs"):
         TrainState(net, ema=.9)
-
-
-@pytest.mark.parametrize("name, bad", [("ema", 0), ("ema", 1), ("clip", 0), ("clip", math.inf)])
-def test_bad_options(name, bad):
-    with pytest.raises(ValueError, match=f"^{name} must"): training_options(**{name: bad})

@@ -60,17 +60,12 @@ def test_the_betas_of_chains_are_those_that_other_code_writes():
 
 
 @pytest.mark.parametrize("cls, bad, text", [
-    (DDPMSchedule, dict(T=0), "T must be"), (DiscreteSchedule, dict(T=10**7), "T must be"),
-    (DiscreteSchedule, dict(schedule="cosine(-inf, inf)"), "finite range"),
-    *((DiscreteSchedule, dict(schedule=s), "levels of its own")
-      for s in ("ddpm", "adaptive", "discrete(T=4)")),
-    (DiscreteSchedule, dict(schedule="linear", logsnr_min=-12), "linear schedule reaches"),
+    (DiscreteSchedule, dict(T=10**7), "T must be"),
+    *((DiscreteSchedule, dict(schedule=s), "levels of its own") for s in ("adaptive", "discrete(T=4)")),
     (DiscreteSchedule, dict(logsnr_min=0, logsnr_max=1e-12, T=10**5), "levels of 'discrete' do not fall"),
-    (DDPMSchedule, dict(logsnr_min=-12), "cannot end at logsnr_min -12"),
-    (DDPMSchedule, dict(logsnr_max=5), "above the first level"),
     (DDPMSchedule, dict(beta="scaled-linear"), "Did you mean 'scaled_linear'"),
     (DDPMSchedule, dict(beta_min=0), "beta_min must be"),
-    (DDPMSchedule, dict(beta_min=0.1, beta_max=0.01), "beta_max must be")], ids=str)
+    (DDPMSchedule, dict(beta_min=0.1, beta_max=0.01), "beta_max must be")])
 def test_chains_that_cannot_be(cls, bad, text):
     with pytest.raises(ValueError, match=text): cls(**bad)
 
@@ -84,7 +79,7 @@ def test_nan_is_at_no_level(s):
 
 
 def test_a_chain_that_ends_in_signal_warns():
-    with pytest.warns(UserWarning, match="T = 10 steps ends at logsnr 2.24, with 3.1"): DDPMSchedule(T=10)
+    with pytest.warns(UserWarning, match="T = 50 steps ends at logsnr 0.418"): DDPMSchedule(T=50)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         DDPMSchedule(), DDPMSchedule(None, 12.9, 1000, 0.00085, 0.012, "scaled_linear")

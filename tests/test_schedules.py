@@ -2,7 +2,6 @@
 import math
 
 import mpmath as mp
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -13,8 +12,6 @@ from lfdm.schedules import (
     CONTINUOUS,
     SCHEDULES,
     CosineSchedule,
-    Level,
-    LinearSchedule,
     dlog_alpha,
     network_logsnr,
     network_time,
@@ -100,45 +97,36 @@ def test_time_slope_and_density_belong_to_the_path(name, u, v):
 
 
 @every
-@over_ranges
-def test_scales_have_the_log_ratio_they_claim(name, u, v):
+def test_scales_have_the_log_ratio_they_claim(name):
     "log α²/σ² = λ, and each schedule is variance preserving, variance exploding, or a straight line"
-    s = schedule_over(name, u, v)
-    for dtype, tolerance in ((f64, 1e-12), (f32, 1e-5)):
-        logsnr = grid(s.logsnr_min, s.logsnr_max, dtype=dtype)
-        level = Level(logsnr, *s.scales(logsnr))
-        alpha, sigma = level.alpha, level.sigma
-        close(2 * (alpha.log() - sigma.log()), logsnr, rtol=tolerance, atol=tolerance)
-        fixed = alpha if name in EXPLODING else alpha + sigma if name in STRAIGHT else alpha**2 + sigma**2
-        close(fixed, torch.ones_like(alpha), rtol=tolerance, atol=0)
-        close(level.scale * level.angle.cos(), alpha, rtol=100 * tolerance, atol=0.)
-        close(level.scale * level.angle.sin(), sigma, rtol=100 * tolerance, atol=0.)
-        close(2 / math.pi * level.angle, network_time(logsnr), rtol=tolerance, atol=0)
-        at = s.level(t := grid(0, 1, 9, dtype))
-        assert all(map(equal, at, (s.logsnr(t), s.alpha(t), s.sigma(t))))
+    s = schedule_over(name, 0., 1.)
+    level = s.level(t := grid(0, 1))
+    logsnr, alpha, sigma = level
+    close(2 * (alpha.log() - sigma.log()), s.logsnr(t), rtol=1e-12, atol=1e-12)
+    fixed = alpha if name in EXPLODING else alpha + sigma if name in STRAIGHT else alpha**2 + sigma**2
+    close(fixed, torch.ones_like(alpha), rtol=1e-12, atol=0)
+    close(level.scale * level.angle.cos(), alpha, rtol=1e-10, atol=0)
+    close(level.scale * level.angle.sin(), sigma, rtol=1e-10, atol=0)
+    close(2 / math.pi * level.angle, network_time(logsnr), rtol=1e-12, atol=0)
 
 
 # --- arguments
 
 @every
-def test_a_time_or_a_level_is_any_number(name):
-    "shape and dtype are kept; floats, whole numbers and arrays become float64; 16 bits are computed in 32"
+def test_shape_and_dtype_are_kept_and_16_bits_computed_in_32(name):
     for f in functions(SCHEDULES[name]()):
         for dtype in (torch.float16, torch.bfloat16, f32, f64):
-            for shape in ((), (0,), (5, 1), (2, 3, 4)):
+            for shape in ((), (0,), (5, 1)):
                 got = f(torch.full(shape, 0.5, dtype=dtype))
                 assert got.shape == shape and got.dtype == dtype and got.isfinite().all(), f
         half = torch.tensor([0.25, 0.7], dtype=torch.bfloat16)
         if name in CONTINUOUS: assert equal(f(half), f(half.float()).bfloat16()), f
-        for value in (0.5, 1, [0.25, 0.75], np.array([0.5])):
-            close(f(value), f(torch.tensor(value, dtype=f64)), rtol=0, atol=0)
-        assert equal(f(torch.tensor([0, 1])), f(torch.tensor([0., 1.])))
-        assert f(math.nan).isnan() and f(torch.tensor([0.5, math.nan])).isnan().tolist() == [False, True], f
+        assert f(torch.tensor([0.5, math.nan])).isnan().tolist() == [False, True], f
 
 
 @every
 def test_ranges_that_cannot_be(name):
-    for low, high in ((5., 5.), (5., -5.), (math.inf, -math.inf), (math.inf, 0.), (0., -math.inf)):
+    for low, high in ((5., 5.), (5., -5.), (math.inf, 0.), (0., -math.inf)):
         with pytest.raises(ValueError, match="logsnr"): SCHEDULES[name](low, high)
     edge, _ = SCHEDULES[name]().reach()
     if name in ("ve", "edm_sample", "adaptive"):
@@ -157,11 +145,11 @@ def test_ranges_that_cannot_be(name):
     ("cosine", dict(logsnr_max=1500), "^logsnr_max .* sigma 0 "),
     ("edm_sample", dict(logsnr_min=-80, logsnr_max=80, rho=0.1), "^rho must be at least 0.114 for logsnr"),
     ("shifted_cosine", dict(shift=40), "more levels than float64 has times"),
-    *(("linear", b, "") for b in (dict(beta_min=0), dict(beta_max=0.05), dict(beta_max=math.inf))),
-    ("shifted_cosine", dict(shift=41), ""), ("edm_sample", dict(rho=0), ""), ("edm_train", dict(std=0), ""),
-    ("edm_train", dict(mean=math.inf), ""), ("logit_normal", dict(s=0), "")], ids=str)
+    ("linear", dict(beta_min=0), "^beta_min must"), ("linear", dict(beta_max=0.05), "^beta_max must"),
+    ("shifted_cosine", dict(shift=41), "^shift must"), ("edm_sample", dict(rho=0), "^rho must"),
+    ("edm_train", dict(std=0), "^std must"), ("logit_normal", dict(s=0), "^s must")])
 def test_options_that_cannot_be_are_named(name, bad, says):
-    with pytest.raises(ValueError, match=says or f"^{[*bad][0]} must be"): SCHEDULES[name](**bad)
+    with pytest.raises(ValueError, match=says): SCHEDULES[name](**bad)
 
 
 def exact(low, high, shift, t):
@@ -191,14 +179,6 @@ def test_exponentials_beyond_float32_are_taken_in_float64(text):
     close(s.logsnr(t).double(), s.logsnr(t.double()), rtol=1e-6, atol=1e-6)
 
 
-def test_infinite_ends():
-    t = torch.tensor([0., 1.], dtype=f64)
-    assert equal(UNCUT.alpha(t), 1 - t) and equal(UNCUT.sigma(t), t)
-    linear = LinearSchedule(logsnr_max=math.inf)
-    assert (linear.alpha(0.), linear.sigma(0.), linear.logsnr(0.)) == (1, 0, math.inf)
-    assert (UNCUT.level(1.).angle, UNCUT.level(0.).angle, UNCUT.level(0.).scale) == (math.pi / 2, 0, 1)
-
-
 # --- one step of the chain
 
 def test_the_smallest_the_last_and_the_first_step():
@@ -225,7 +205,7 @@ def test_every_position_is_uniform_and_positions_are_independent_if_asked(low_di
     assert one_each == 1 if low_discrepancy else one_each < 0.02   # independent ones: 8!/8^8 = 0.24 %
 
 
-@pytest.mark.parametrize("value", [0., 1 - 2**-53], ids=["lowest", "highest"])
+@pytest.mark.parametrize("value", [0., 1 - 2**-53])
 @pytest.mark.parametrize("low_discrepancy", [True, False])
 def test_the_worst_random_numbers_reach_neither_end(monkeypatch, value, low_discrepancy):
     "the largest float64 below 1 rounds to 1 in every narrower type; times of 16 bits would coincide"
@@ -245,7 +225,6 @@ def test_network_time_is_a_bounded_bijection():
     u = network_time(logsnr)
     error = (network_logsnr(u) - logsnr).abs()
     assert (error <= 1e-12 + 4e-16 * 2 * math.pi * (logsnr / 2).cosh()).all() and (u.diff() < 0).all()
-    close(u, UNCUT.t(logsnr), rtol=1e-14, atol=0)
     for dtype in (f32, f64):
         u = network_time(torch.tensor([-math.inf, -1e4, -200., 0., 200., 1e4, math.inf], dtype=dtype))
         assert u.dtype == dtype and (u[0], u[3], u[-1]) == (1, 0.5, 0) and (u.diff() <= 0).all()
@@ -285,25 +264,14 @@ def test_the_process_has_the_moments_of_the_schedule(name, u, v):
 @pytest.mark.parametrize("dtype", [f32, f64])
 def test_the_process_is_finite_at_every_level_a_run_may_have(name, dtype):
     s = schedule_over(name, 0., 1., 80.)
-    slope = dlog_alpha(s, grid(s.logsnr_min, s.logsnr_max, 161, dtype))
-    f, g2 = sde(s, grid(0, 1, 161, dtype))
+    with torch.no_grad():
+        slope = dlog_alpha(s, grid(s.logsnr_min, s.logsnr_max, 161, dtype))
+        f, g2 = sde(s, grid(0, 1, 161, dtype))
+    assert slope.dtype == f.dtype == g2.dtype == dtype and not slope.requires_grad
     assert (slope >= -1e-7).all() and (slope <= 0.5 + 1e-6).all() and f.isfinite().all() and (f <= 1e-3).all()
     assert g2.isfinite().all() and (g2 > 0).all()
 
 
-@with_path
-def test_the_process_keeps_shape_and_dtype_and_leaves_no_trace(name):
-    s, process = SCHEDULES[name](), lambda t: (dlog_alpha(s, t), *sde(s, t))
-    for t in (torch.full(shape, 0.4, dtype=dtype) for dtype in (f32, f64) for shape in ((), (5, 1))):
-        leaf = t.clone().requires_grad_()
-        with torch.no_grad(): inside = process(t)
-        for a, b, c in zip(process(t), inside, process(leaf)):
-            assert a.shape == t.shape and a.dtype == t.dtype and not a.requires_grad
-            assert equal(a, b) and equal(a, c.detach())
-        assert leaf.grad is None and not t.requires_grad
-
-
-@pytest.mark.parametrize("schedule", [UNCUT, LinearSchedule(logsnr_max=math.inf)], ids=lambda s: s.name)
-def test_the_process_at_uncut_ends_is_refused(schedule):
+def test_the_process_at_uncut_ends_is_refused():
     with pytest.raises(ValueError, match="no finite drift and noise at logsnr inf"):
-        sde(schedule, torch.tensor([0.5, 0., 1.]))
+        sde(UNCUT, torch.tensor([0.5, 0., 1.]))
