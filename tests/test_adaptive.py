@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from lfdm.adaptive import AdaptiveSchedule
 from lfdm.core import seeded
@@ -18,6 +18,7 @@ batches = st.lists(st.lists(st.tuples(st.floats(-3, 5), values), min_size=1, max
 @few
 @given(batches=batches, bins=st.sampled_from([1, 2, 9, 40]), moment=st.sampled_from([1, 2]),
        uniform=st.sampled_from([1e-6, 0.1, 1.]), decay=st.sampled_from([0., 0.5, 0.99]))
+@example(batches=[[(1., 1e300)] * 6], bins=2, moment=2, uniform=0.1, decay=0.5)   # its square overflows
 def test_whatever_was_seen_the_path_is_a_decreasing_bijection(batches, bins, moment, uniform, decay):
     "zeros, overflows and nan included: the density stays above its uniform share, and integrates to one"
     s, t = AdaptiveSchedule(-3, 5, bins, decay, uniform, moment), torch.linspace(0, 1, 201, dtype=f64)
