@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 
 from lfdm.adaptive import AdaptiveSchedule
 from lfdm.core import seeded
@@ -18,6 +18,7 @@ batches = st.lists(st.lists(st.tuples(st.floats(-3, 5), values), min_size=1, max
 @few
 @given(batches=batches, bins=st.sampled_from([1, 2, 9, 40]), moment=st.sampled_from([1, 2]),
        uniform=st.sampled_from([1e-6, 0.1, 1.]), decay=st.sampled_from([0., 0.5, 0.99]))
+@example(batches=[[(1., 1e300)] * 6], bins=2, moment=2, uniform=0.1, decay=0.5)   # its square overflows
 def test_whatever_was_seen_the_path_is_a_decreasing_bijection(batches, bins, moment, uniform, decay):
     "zeros, overflows and nan included: the density stays above its uniform share, and integrates to one"
     s, t = AdaptiveSchedule(-3, 5, bins, decay, uniform, moment), torch.linspace(0, 1, 201, dtype=f64)
@@ -34,33 +35,32 @@ def test_whatever_was_seen_the_path_is_a_decreasing_bijection(batches, bins, mom
 
 
 def test_the_history_is_a_moving_average_of_the_means():
-    s = AdaptiveSchedule(0, 4, bins=4, decay=0.75, uniform=1e-6)
+    s = AdaptiveSchedule(0, 4, bins=4, decay=0.75, uniform=0.2)
+    assert (s.version(), s.version(2), s.version(1)) == (1, 1, 2)   # small batches have one of their own
 
     def averages_after(logsnr, value):
         s.observe(torch.tensor(logsnr), torch.tensor(value))
         return s._history.averages.nan_to_num(-1).tolist()
 
     assert averages_after([3.5, 3.6, 0.5], [1., 3., 6.]) == [2., -1., -1., 6.]   # from the clean end
-    mass = torch.tensor([2., 4., 4., 6.], dtype=f64) / 16                        # unseen bins are average
-    torch.testing.assert_close(s._history.mass, mass, rtol=1e-5, atol=0)
-    assert averages_after([3.5], [10.]) == [4., -1., -1., 6.]                    # 0.75 · 2 + 0.25 · 10
+    mass = 0.8 * torch.tensor([2., 4., 4., 6.], dtype=f64) / 16 + 0.2 / 4        # unseen bins are average
+    torch.testing.assert_close(s._history.mass, mass)
+    assert averages_after([3.5], [10.]) == [4., -1., -1., 6.]      # 0.75 · 2 + 0.25 · 10, as no small batch
     for bad in (math.nan, math.inf, -math.inf):   # such a batch teaches nothing
         assert averages_after([3.5, 1.5], [bad, 7.]) == [4., -1., -1., 6.]
         assert averages_after([3.5, bad], [9., 7.]) == [4., -1., -1., 6.]
     assert averages_after([4., 0., 2.], [4., 6., 1.]).count(-1) == 1   # both ends and an edge have a bin
 
 
-TAILS = dict(   # of mean 1; the second and third have no use for a plain average of few values
-    square=lambda n, g: torch.randn(n, generator=g, dtype=f64)**2,
+TAILS = dict(   # of mean 1; a plain average of few values is of no use
     lognormal=lambda n, g: (1.5 * torch.randn(n, generator=g, dtype=f64) - 1.125).exp(),
     power=lambda n, g: torch.rand(n, generator=g, dtype=f64)**(-1 / 1.5) / 3)
 
 
 @pytest.mark.parametrize("n, steps, tail, allowed", [
-    (1, 2500, "power", 0.25), (16, 200, "square", 0.2), (16, 200, "lognormal", 0.2), (16, 200, "power", 0.2),
-    (512, 300, "power", 0.1), (10_000, 250, "lognormal", 0.1)])
+    (8, 300, "power", 0.2), (16, 200, "lognormal", 0.2), (512, 300, "power", 0.1)])
 def test_it_follows_a_profile_that_moves_whatever_the_batch(n, steps, tail, allowed):
-    "small batches: within 3,000 examples; others: within some time constants of 100 batches"
+    "small batches: within 3,000 examples; others: within some times of 100 batches"
     s, g = AdaptiveSchedule(), seeded(0)
     middle = (s._history.edges[1:] + s._history.edges[:-1]) / 2
     for peak in (5, -5):
@@ -72,21 +72,6 @@ def test_it_follows_a_profile_that_moves_whatever_the_batch(n, steps, tail, allo
         assert (s._history.mass - 0.9 * share - 0.001).abs().sum() / 2 < allowed
 
 
-def test_ordinary_batches_are_averaged_as_ever_and_small_ones_have_a_version():
-    "the last batch of an epoch may be small: the largest decides"
-    s, averages = AdaptiveSchedule(bins=6), None
-    assert (s.version(), s.version(3), s.version(2)) == (1, 1, 2)
-    for n in (4, 1, 1):
-        logsnr, value = s.logsnr(torch.rand(n, generator=seeded(n))), torch.arange(1., n + 1)
-        i = ((12.9 - logsnr.double()) / 25.8 * 6).long()
-        for b in i.unique().tolist():
-            mean = value[i == b].double().mean()
-            if averages is None: averages = torch.full((6,), math.nan, dtype=f64)
-            averages[b] = mean if averages[b].isnan() else 0.99 * averages[b] + 0.01 * mean
-        s.observe(logsnr, value)
-        torch.testing.assert_close(s._history.averages, averages, rtol=1e-12, atol=0, equal_nan=True)
-
-
 def test_small_batches_fade_and_weigh_as_their_bins_are_seldom_visited():
     s = AdaptiveSchedule(0, 3, bins=3, decay=0.9, uniform=1e-6)
     s.load_state(s.state() | {"history": torch.tensor([8., 1., 1.], dtype=f64)})
@@ -95,20 +80,6 @@ def test_small_batches_fade_and_weigh_as_their_bins_are_seldom_visited():
         s.observe([logsnr], [value])
         total, weight = (q * 0.9**0.1 + own * more for q, more in ((total, value), (weight, 1)))
         assert s._history.averages == pytest.approx([total / weight] * 3, rel=1e-5)   # too few for one bin
-
-
-def test_an_adapted_schedule_still_estimates_the_integral():
-    "the mean of w L′/p over its times is the integral of w L′, with less variance when adapted"
-    profile = lambda k: (-(k - 2)**2).exp() + 0.1
-    k = torch.linspace(-6, 6, 20_001, dtype=f64)
-    exact, s, spread = torch.trapezoid(profile(k), k).item(), AdaptiveSchedule(-6, 6), []
-    for step in range(60):
-        logsnr = s.logsnr(sample_times(4096, seeded(step), dtype=f64, low_discrepancy=False))
-        value = profile(logsnr) / s.density(logsnr)
-        assert abs(value.mean() - exact) < 5 * value.std() / 64
-        spread.append(value.std().item())
-        s.observe(logsnr, profile(logsnr))
-    assert spread[-1] < 0.3 * spread[0]
 
 
 @pytest.mark.parametrize("bins", [3, 7])
@@ -123,18 +94,10 @@ def test_a_state_is_a_copy_and_belongs_to_its_schedule(bins):
     assert not torch.equal(kept["history"], other.state()["history"])
     s.observe(*more)   # goes on as the other did
     for a, b in zip(s.state().values(), other.state().values()): assert torch.equal(a, b)
-    for bad in ({}, *(kept | {"history": h} for h in (None, torch.zeros(6), [1.] * bins))):
+    for bad in ({}, kept | {"history": torch.zeros(6)}):
         with pytest.raises(ValueError, match="^state does not hold the"): other.load_state(bad)
 
 
-@pytest.mark.parametrize("option, bad", [
-    *(("bins", b) for b in (0, 2.5, "9")), *(("decay", b) for b in (1, -0.1, math.nan)),
-    *(("uniform", b) for b in (0, 1.1, True)), *(("moment", b) for b in (3, 0, 1.5))])
-def test_options_that_cannot_be(option, bad):
-    with pytest.raises((TypeError, ValueError), match=f"^{option} must be"): AdaptiveSchedule(**{option: bad})
-
-
-@pytest.mark.parametrize("logsnr, value", [([1.], [1., 2.]), ([[1.]], [[1.]]), ([1.], [-1.]), ([1.], None)])
+@pytest.mark.parametrize("logsnr, value", [([1.], [1., 2.]), ([[1.]], [[1.]]), ([1.], [-1.])])
 def test_values_that_cannot_be(logsnr, value):
-    s = AdaptiveSchedule()
-    with pytest.raises((TypeError, ValueError), match="^value must"): s.observe(logsnr, value)
+    with pytest.raises(ValueError, match="^value must"): AdaptiveSchedule().observe(logsnr, value)

@@ -9,10 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lfdm.checkpoints import read_checkpoint, require_match, training_options
+from lfdm.checkpoints import read_checkpoint, require_match
 from lfdm.losses import DiffusionLoss
-from lfdm.networks import MLP
-from lfdm.training import TrainState, train, train_stack
+from lfdm.training import TrainState, train_stack
 from lfdm.validation import ValidationSet
 from trained import (
     DATA,
@@ -54,44 +53,28 @@ def refused(state, path, match, run=None):
     assert everything(state) == before and f"checkpoint {path} cannot be used" in str(e.value)
 
 
-def bytes_of(change): return lambda p: p.write_bytes(change(p.read_bytes()))
 def edit(**kw): return lambda p: edited(p, **kw)
 def meta(**kw): return edit(meta=META | kw)
 def generators(*shape): return edit(new={"generators": torch.zeros(*shape, dtype=torch.uint8)})
 
 MOMENTS, DEVICE = "does not hold this network's Adam moments", "random state is another device's"
 SHAPE, AVERAGE, LEARNED = "another shape", "does not hold the average", "what these schedules have learned"
-DAMAGE = {
-    "empty": (bytes_of(lambda b: b""), "cannot be used"),
-    "garbage": (bytes_of(lambda b: bytes(range(256)) * 20), "cannot be used"),
-    "cut in half": (bytes_of(lambda b: b[:len(b) // 2]), "cannot be used"),
-    "one byte more": (bytes_of(lambda b: b + b"0"), "cannot be used"),
-    "missing": (lambda p: p.unlink(), "cannot be used"),
-    "a folder": (lambda p: (p.unlink(), p.mkdir()), "cannot be used"),
-    "no metadata": (edit(meta=None), "cannot be used"),
-    "no epoch": (edit(meta={"history": "[]"}), "epoch"),
-    "epoch is no number": (meta(epoch="two"), "two"),
-    "history is no json": (meta(history="[{]"), "cannot be used"),
-    "history is no list": (meta(history="5"), "its history is no list"),
-    "one weight gone": (edit(gone="net.layers.0.bias"), SHAPE),
-    "one weight more": (edit(new={"net.layers.99.bias": torch.zeros(3)}), SHAPE),
-    "no generator": (edit(gone="generators"), "generators"),
-    "generator of a gpu": (generators(1, 16), DEVICE), "no generator at all": (generators(0, 5056), DEVICE),
-    "generator of floats": (edit(new={"generators": torch.zeros(1, 5056)}), "cannot be used"),
-    "generator of zeros": (generators(1, 5056), "cannot be used"),
-    "no moments": (edit(gone="optimizer."), MOMENTS),
-    "one moment gone": (edit(gone="optimizer.3.exp_avg_sq"), MOMENTS),
-    "moments of another shape": (edit(new={"optimizer.3.exp_avg": torch.zeros(3)}), MOMENTS),
-    "infinitely many steps": (edit(new={"optimizer.0.step": torch.tensor(math.inf)}), "how many steps"),
-    "an average not asked for": (edit(new={"ema.layers.0.bias": torch.zeros(8)}), AVERAGE),
-    "learned, not asked for": (edit(new={"schedule.0.seen": torch.zeros(4)}), LEARNED),
-    "made with an average": (meta(options='{"ema": 0.9}'), "it was made with ema 0.9, not None"),
-    "unknown options": (meta(options='{"momentum": 0.9}'), "momentum"),
-    "options that cannot be": (meta(options='{"ema": 2}'), "ema must lie between 0 and 1"),
-    "options are no dict": (meta(options="[1]"), "cannot be used"),
-}
+DAMAGE = [
+    (lambda p: p.write_bytes(b""), None), (lambda p: p.write_bytes(p.read_bytes() + b"0"), None),
+    (lambda p: p.unlink(), None), (lambda p: (p.unlink(), p.mkdir()), None),
+    (edit(meta=None), None), (edit(meta={"history": "[]"}), "epoch"), (meta(epoch="two"), "two"),
+    (meta(history="[{]"), None), (meta(history="5"), "its history is no list"),
+    (edit(gone="net.layers.0.bias"), SHAPE), (edit(new={"net.layers.99.bias": torch.zeros(3)}), SHAPE),
+    (edit(gone="generators"), "generators"), (generators(1, 16), DEVICE), (generators(1, 5056), None),
+    (edit(gone="optimizer.3.exp_avg_sq"), MOMENTS),
+    (edit(new={"optimizer.3.exp_avg": torch.zeros(3)}), MOMENTS),
+    (edit(new={"optimizer.0.step": torch.tensor(math.inf)}), "how many steps"),
+    (edit(new={"ema.layers.0.bias": torch.zeros(8)}), AVERAGE),
+    (edit(new={"schedule.0.seen": torch.zeros(4)}), LEARNED),
+    (meta(options='{"ema": 0.9}'), "it was made with ema 0.9, not None"),
+    (meta(options='{"momentum": 0.9}'), "momentum"), (meta(options="[1]"), None)]
 
-@pytest.mark.parametrize("damage, why", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize("damage, why", DAMAGE)
 def test_a_damaged_checkpoint_changes_nothing(damage, why, checkpoint, tmp_path):
     path = tmp_path / "damaged.safetensors"
     path.write_bytes(checkpoint.read_bytes())
@@ -100,14 +83,14 @@ def test_a_damaged_checkpoint_changes_nothing(damage, why, checkpoint, tmp_path)
 
 
 def test_a_flipped_bit_is_noticed_or_harmless(tmp_path):
-    "of 500 flips, a third of them in the header, each is refused, or what is read is the same"
+    "of 150 flips, a third of them in the header, each is refused, or what is read is the same"
     path, whole, rng, noticed = tmp_path / "c", trained(new_state(**OPTIONS), 2), random.Random(0), 0
     whole.save(path, "a run")
     content, state = path.read_bytes(), new_state(5, **OPTIONS)
     state.load(path, "a run")
     expected = everything(state)
     start = 8 + int.from_bytes(content[:8], "little")
-    for k in range(500):
+    for k in range(150):
         place = rng.randrange(start, len(content)) if k % 3 else rng.randrange(start)
         flipped = bytearray(content)
         flipped[place] ^= 1 << rng.randrange(8)
@@ -115,13 +98,7 @@ def test_a_flipped_bit_is_noticed_or_harmless(tmp_path):
         try: state.load(path, "a run")
         except ValueError as e: noticed += "cannot be used" in str(e)
         else: assert everything(state) == expected, f"byte {place} changed the state unnoticed"
-    assert noticed > 450
-
-
-def test_a_checkpoint_of_another_run_is_refused(tmp_path):
-    trained(new_state(), 1).save(tmp_path / "c", "eps-ring")
-    refused(new_state(5), tmp_path / "c", "belongs to another run, eps-ring, not to v-ring", "v-ring")
-    for run in ("eps-ring", None): new_state(5).load(tmp_path / "c", run)
+    assert noticed > 130
 
 
 def test_the_format_of_the_file(tmp_path):
@@ -141,26 +118,6 @@ def test_the_format_of_the_file(tmp_path):
 
 # ---- what is resumed
 
-@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["plain", "all options"])
-def test_resumed_after_any_epoch_is_bit_identical(options, tmp_path):
-    "the warm-up ends between the second checkpoint and the third"
-    validation = ValidationSet(LOSS, X, bins=5, denoise=DATA.denoise)
-    whole = new_state(**options)
-    whole.save(tmp_path / "0")
-    for state in train(whole, LOSS, X, 4, 20, validation): state.save(tmp_path / f"{state.epoch}")
-    expected = everything(whole)
-    assert [h["epoch"] for h in whole.history] == [0, 1, 2, 3, 4]
-    for epoch in (0, 2, 3, 4):
-        other = new_state(seed=77, lr=.5, **options)
-        other.load(tmp_path / f"{epoch}")
-        assert other.optimizer.param_groups[0]["lr"] == .5   # its own
-        other = new_state(seed=77, **options)
-        other.load(tmp_path / f"{epoch}")
-        assert other.epoch == epoch and other.steps == 6 * epoch
-        assert (other.average is None) == (not options) and other.average is not other.net
-        assert everything(trained(other, 4, validation=validation)) == expected
-
-
 def test_a_stack_with_all_options_resumes_bit_identically(tmp_path):
     "in the middle of the warm-up, with schedules that learn beside one that does not"
     data = [DATA.sample(101, seed=m) for m in range(3)]
@@ -179,16 +136,6 @@ def test_a_stack_with_all_options_resumes_bit_identically(tmp_path):
     assert everything(other) == everything(whole)
 
 
-def test_what_a_schedule_learned_is_resumed_bit_identically(tmp_path):
-    loss, whole = learning(**OPTIONS)
-    for state in train(whole, loss, X, 3, 20): state.save(tmp_path / f"{state.epoch}")
-    assert loss.schedule._asked > 0
-    loss, other = learning(77, **OPTIONS)
-    trained(other, 1, loss=loss)
-    other.load(tmp_path / "1")
-    assert everything(trained(other, 3, loss=loss)) == everything(whole)
-
-
 def test_a_checkpoint_from_before_the_options_is_one_without(checkpoint, tmp_path):
     (tmp_path / "old").write_bytes(checkpoint.read_bytes())
     edited(tmp_path / "old")
@@ -199,30 +146,24 @@ def test_a_checkpoint_from_before_the_options_is_one_without(checkpoint, tmp_pat
     refused(new_state(ema=.9), tmp_path / "old", "made with ema None, not 0.9")
 
 
-OTHER = [("ema", .8), ("ema", None), ("clip", 1.), ("clip", None), ("warmup", 0)]
-
-@pytest.mark.parametrize("name, other", OTHER)
-def test_a_checkpoint_of_other_options_is_refused(name, other, tmp_path):
-    trained(new_state(**OPTIONS), 1).save(tmp_path / "c")
-    state = new_state(5, **OPTIONS | {name: other})
-    refused(state, tmp_path / "c", f"it was made with {name} {OPTIONS[name]}, not {other}\\. Move")
-
-
-def test_a_lost_average_is_missed(tmp_path):
-    trained(new_state(**OPTIONS), 1).save(tmp_path / "c")
-    edited(tmp_path / "c", "ema.layers.0.bias", meta=META | {"epoch": "1", "options": json.dumps(OPTIONS)})
-    refused(new_state(5, **OPTIONS), tmp_path / "c", AVERAGE)
+def test_a_checkpoint_of_other_options_or_without_its_average_is_refused(tmp_path):
+    path = tmp_path / "c"
+    trained(new_state(**OPTIONS), 1).save(path)
+    for name, other in (("ema", None), ("clip", 1.), ("warmup", 0)):
+        state = new_state(5, **OPTIONS | {name: other})
+        refused(state, path, f"it was made with {name} {OPTIONS[name]}, not {other}\\. Move")
+    edited(path, "ema.layers.0.bias", meta=META | {"epoch": "1", "options": json.dumps(OPTIONS)})
+    refused(new_state(5, **OPTIONS), path, AVERAGE)
 
 
 @pytest.mark.parametrize("damage", [
-    dict(gone="schedule.0.seen"), dict(gone="schedule"), dict(new={"schedule.0.seen": torch.zeros(5)}),
-    dict(new={"schedule.1.seen": torch.zeros(4)}), dict(new={"schedule.0.seen": torch.zeros(4).double()}),
-    dict(new={"schedule.0.seen.times": torch.tensor(-1)})], ids=str)
+    dict(gone="schedule.0.seen"), dict(new={"schedule.1.seen": torch.zeros(4)}),
+    dict(new={"schedule.0.seen": torch.zeros(4).double()})])
 def test_what_a_schedule_learned_is_taken_whole_or_not_at_all(damage, tmp_path):
     loss, state = learning()
     trained(state, 2, loss=loss).save(tmp_path / "c")
     edited(tmp_path / "c", **damage)
-    refused(learning(5)[1], tmp_path / "c", f"{LEARNED}|less than nothing")
+    refused(learning(5)[1], tmp_path / "c", LEARNED)
 
 
 def test_when_one_schedule_refuses_what_it_learned_none_takes_it(tmp_path):
@@ -235,8 +176,13 @@ def test_when_one_schedule_refuses_what_it_learned_none_takes_it(tmp_path):
 
 
 def test_a_checkpoint_of_something_else_is_refused(checkpoint, tmp_path):
+    new_state().save(tmp_path / "c", "eps-ring")
+    refused(new_state(5), tmp_path / "c", "belongs to another run, eps-ring, not to v-ring", "v-ring")
+    faster = new_state(lr=.5)
+    for run in ("eps-ring", None): faster.load(tmp_path / "c", run)
+    assert faster.optimizer.param_groups[0]["lr"] == .5   # its own
     refused(learning()[1], checkpoint, LEARNED)
-    for width in (7, 16): refused(new_state(5, width), checkpoint, SHAPE)
+    refused(new_state(5, 16), checkpoint, SHAPE)
     stacked([LOSS] * 2).save(tmp_path / "two")
     for state in (new_stack([LOSS] * 3), new_state()): refused(state, tmp_path / "two", SHAPE)
 
@@ -259,23 +205,6 @@ def test_a_full_disk_keeps_the_former_checkpoint(tmp_path):
     assert path.read_bytes() != former
 
 
-def test_where_a_checkpoint_is_written(tmp_path, monkeypatch):
-    "over a leftover draft; not where no folder is; the former stands until the new one is whole"
-    path, replace, seen = tmp_path / "c", os.replace, []
-    with pytest.raises(OSError, match="nowhere"): new_state().save(tmp_path / "nowhere" / "c")
-    (tmp_path / "c.draft").write_text("half a checkp")
-    state = trained(new_state(), 1)
-    state.save(path)
-    former = path.read_bytes()
-    def watched(a, b):
-        new_state(3).load(a)
-        seen.append(path.read_bytes() == former)
-        replace(a, b)
-    monkeypatch.setattr(os, "replace", watched)
-    trained(state, 2).save(path)
-    assert seen == [True] and path.read_bytes() != former and os.listdir(tmp_path) == ["c"]
-
-
 # ---- whatever network there is
 
 class Net(nn.Module):
@@ -288,8 +217,7 @@ class Net(nn.Module):
             both = torch.arange(4.)
             self.register_buffer("first", both[:2]); self.register_buffer("last", both[1:3])
         if kind == "frozen": self.b.requires_grad_(False)
-        if kind in ("hidden", "counts"):
-            self.register_buffer("seen", torch.zeros(()).long(), persistent=kind == "counts")
+        if kind == "hidden": self.register_buffer("seen", torch.zeros(()).long(), persistent=False)
         if kind == "cache": self.register_buffer("times", torch.zeros(0), persistent=False)
         if kind == "norm": self.norm = nn.BatchNorm1d(2)
         if kind == "normed": self.b = nn.utils.parametrizations.weight_norm(self.b)
@@ -298,7 +226,7 @@ class Net(nn.Module):
         y = self.a(torch.cat([z, u[:, None]], 1))
         self.calls += 1
         if self.kind == "late" and self.calls < 5: return y
-        if self.kind in ("hidden", "counts"): self.seen += 1; y = y + .01 * self.seen
+        if self.kind == "hidden": self.seen += 1; y = y + .01 * self.seen
         if self.kind == "cache": self.times = torch.arange(2.)
         if self.kind == "norm": y = self.norm(y)
         if self.kind == "views": y = y + self.first * self.last
@@ -312,14 +240,13 @@ def of_kind(kind, seed=0):
         return Net(kind)
 
 
-KINDS = ["unused", "late", "tied", "views", "frozen", "hidden", "counts", "cache", "norm", "normed", "random"]
+KINDS = ["unused", "late", "tied", "views", "frozen", "hidden", "cache", "norm", "normed", "random"]
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["plain", "all options"])
-def test_any_network_is_trained_saved_and_resumed_exactly(kind, options, tmp_path):
-    whole = trained(TrainState(of_kind(kind), **options), 1, x=X[:100])
+def test_any_network_is_trained_saved_and_resumed_exactly(kind, tmp_path):
+    whole = trained(TrainState(of_kind(kind), **OPTIONS), 1, x=X[:100])
     whole.save(tmp_path / "c")
-    other = TrainState(of_kind(kind, 9), **options)
+    other = TrainState(of_kind(kind, 9), **OPTIONS)
     other.net.calls = whole.net.calls   # what it keeps outside of tensors is its own business
     other.load(tmp_path / "c")
     assert other.steps == whole.steps
@@ -339,45 +266,31 @@ def test_plain_and_compiled_checkpoints_are_one(tmp_path):
         assert same(a.result, b.result) and same(a.net, b.net) and b.steps == a.steps
 
 
-def buffered(**buffers):
-    net = nn.Linear(2, 2)
-    for name, tensor in buffers.items(): net.register_buffer(name, tensor)
-    return net
-
-
 class Extra(nn.Linear):
     def get_extra_state(self): return {"made": "today"}
     def set_extra_state(self, state): pass
 
 
-class Whole(nn.Linear):
-    def __init__(self):
-        super().__init__(2, 2)
-        self.levels = nn.Parameter(torch.arange(3), requires_grad=False)
+def having(**parts):
+    net = nn.Linear(2, 2)
+    for name, part in parts.items(): setattr(net, name, part)
+    return net
 
 
 @pytest.mark.parametrize("net, says", [
     (Extra(2, 2), r"extra state: .*\(_extra_state\)"), (nn.Linear(2, 2, dtype=torch.cfloat), "complex"),
     (nn.Identity(), "no parameter"), (nn.Linear(2, 2).requires_grad_(False), "none requires a gradient"),
-    (nn.LazyLinear(2), "lazy"), (None, "net must be"), (lambda z, u: z, "net must be"),
-    (Whole(), r"no floats.*\(levels\)"), (nn.Embedding(3, 2, sparse=True), "sparse gradients"),
-    (nn.Linear(2, 2, device="meta"), "without a device"), (buffered(a=torch.ones(1).to("meta")), r"\(a\)"),
-    (buffered(places=torch.arange(2).expand(3, 2)), r"lies over itself.*\(places\)")], ids=str)
+    (nn.LazyLinear(2), "lazy"), (nn.Embedding(3, 2, sparse=True), "sparse gradients"),
+    (having(levels=nn.Parameter(torch.arange(3), requires_grad=False)), r"no floats.*\(levels\)"),
+    (nn.Linear(2, 2, device="meta"), "without a device"),
+    (having(a=nn.Buffer(torch.ones(1, device="meta"))), r"\(a\)"),
+    (having(places=nn.Buffer(torch.arange(2).expand(3, 2))), r"lies over itself.*\(places\)")])
 def test_a_network_that_no_checkpoint_brings_back_is_refused_at_once(net, says):
-    with pytest.raises((TypeError, ValueError), match=says): TrainState(net)
+    with pytest.raises(ValueError, match=says): TrainState(net)
 
 
 def test_a_network_that_cannot_be_copied_has_no_average():
     net = nn.Linear(3, 2)
     net.last = net(torch.zeros(1, 3))   # torch copies no tensor that was computed
-    assert trained(TrainState(MLP(2, 4)), 1).epoch == 1
     with pytest.raises(ValueError, match=r"net cannot be copied, as an average \(ema\) needs"):
         TrainState(net, ema=.9)
-
-
-@pytest.mark.parametrize("name, values", dict(ema=[0, 1, -.5, math.nan], clip=[0, -1, math.inf],
-                                              warmup=[-1, .5, math.inf]).items())
-def test_bad_options(name, values):
-    for value in values:
-        for make in (training_options, new_state):
-            with pytest.raises(ValueError, match=f"^{name} must"): make(**{name: value})

@@ -1,8 +1,6 @@
 "Attempts to break lfdm.core: wrong names, numbers, shapes and texts, and killed writers."
 import math
 import os
-import subprocess
-import sys
 from fractions import Fraction
 
 import numpy as np
@@ -22,12 +20,10 @@ from lfdm.core import (
     instance,
     is_symbolic,
     lookup,
-    maths,
     number,
     project_root,
     seeded,
     spec,
-    unknown,
     write_whole,
 )
 from lfdm.schedules import SCHEDULES, Level, Schedule
@@ -36,7 +32,6 @@ from lfdm.weightings import WEIGHTINGS
 from pinned import choices
 
 few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
-words = st.text(alphabet='abcdefgh_', min_size=1, max_size=6)
 REGISTRIES = dict(schedule=SCHEDULES, target=TARGETS, weighting=WEIGHTINGS)
 
 
@@ -49,34 +44,19 @@ class Child(Base): pass
 REGISTRY = {'child': Child, 'base': Base}
 
 
-@few
-@given(st.lists(words, min_size=1, max_size=5, unique=True),
-       st.one_of(words, st.none(), st.integers(), st.just([]), st.just({})))
-def test_a_bad_name_is_named_with_all_valid_ones(names, name):
-    registry = {n: Child for n in names}
-    if name in names:
-        assert lookup(registry, name, 'thing') is Child
-        return
-    with pytest.raises(ValueError) as e: lookup(registry, name, 'thing')
-    assert str(e.value).startswith(f'unknown thing {name!r}.')
-    assert all(repr(n) in str(e.value) for n in names)
+@pytest.mark.parametrize('name', ['chil', 'CHILD', ' child', 'zzzz', '', 3, [], {}])
+def test_a_bad_name_is_named_with_the_nearest_one_and_all(name):
+    assert lookup(REGISTRY, 'base', 'thing') is Base
+    hint = r" Did you mean 'child'\?" if 'chil' in str(name).lower() else ''
+    with pytest.raises(ValueError, match=f"^unknown thing .{{1,8}}\\.{hint} Valid: 'child', 'base'"):
+        lookup(REGISTRY, name, 'thing')
 
 
-@pytest.mark.parametrize('typo', ['cosin', 'COSINE', ' cosine', 'cosine ', 'cossine', 'zzzz', ''])
-def test_the_nearest_name_is_offered_if_one_is_near(typo):
-    message = unknown('schedule', typo, ['linear', 'cosine', 've'])
-    assert ("Did you mean 'cosine'?" if typo.strip('z') else 'schedule') in message
-    assert ('Did you mean' in message) == bool(typo.strip('z'))
-
-
-def test_instance_takes_a_name_a_class_or_an_instance():
+def test_an_instance_comes_of_a_name_a_class_or_an_instance():
     child = Child()
     assert instance(REGISTRY, child, 'thing', Base) is child
     for choice in ('child', Child): assert type(instance(REGISTRY, choice, 'thing', Base)) is Child
-
-
-def test_instance_refuses_everything_else():
-    for bad in (None, 3., dict, ['child'], {}, torch.zeros(1), b'child'):
+    for bad in (None, dict, ['child'], b'child'):
         with pytest.raises(TypeError, match="thing must be a name .'child', 'base'. or a Base, not"):
             instance(REGISTRY, bad, 'thing', Base)
 
@@ -89,36 +69,24 @@ def test_what_is_written_is_read_again(kind):
     for text in choices(kind, REGISTRIES[kind]):
         try: made = from_spec(REGISTRIES[kind], text, kind)
         except ValueError: continue
-        ends = ('logsnr_min', 'logsnr_max')
-        skip = ends if made.name in ('discrete', 'ddpm') else ()   # they have the ends of what is inside
+        # chains have the ends of what is inside
+        skip = ('logsnr_min', 'logsnr_max') if made.name in ('discrete', 'ddpm') else ()
         if skip and 'logsnr' in text: continue
         again = from_spec(REGISTRIES[kind], spec(made, skip), kind)
         options = [{k: v for k, v in vars(m).items() if k[0] != '_'} for m in (made, again)]
         assert repr(again) == repr(made) and (skip or options[0] == options[1]), text
-        if '(' not in text:
-            assert spec(made, ends) == text
-            assert type(from_spec(REGISTRIES[kind], f'{text}()', kind)) is type(made)
-
-
-@few
-@given(st.floats(-80, 80))
-def test_no_digit_is_lost(k):
-    assert from_spec(WEIGHTINGS, spec(WEIGHTINGS['sigmoid'](k)), 'weighting').k == k
+        if '(' not in text: assert type(from_spec(REGISTRIES[kind], f'{text}()', kind)) is type(made)
 
 
 HOSTILE = [
     '__import__("os").system("touch hacked")', 'cosine(shift=open("hacked", "w"))', 'cosine.__class__()',
-    'cosine().__init__', '(lambda: 1)()', 'cosine(lambda: 1)', 'cosine([1, 2])', 'cosine(*[1, 2])',
-    'cosine(**{"logsnr_min": 1})', 'cosine(-5, logsnr_min=-4)', 'cosine(logsnr_min=-5, logsnr_min=-4)',
-    'cosine(1 + 1)', 'cosine(-1 if 1 else 2)', 'cosine(5, -5)', 'cosine("a")', 'cosine(-"a")', 'cosine(True)',
-    'cosine(None)', 'cosine(1j)', 'cosine(nan)', 'cosine(b"1")', 'cosine(f"{1}")', 'cosine(logsnr_min=x:=1)',
-    'cosine(', 'cosine)', 'cosine()()', 'cosine() ; 1', 'cosine\n(1)()', 'cosine(10**400)',
-    f'cosine({"9" * 9000})', '', ' ', '()', '\x00', 'cosine(\x00)', '\ud800', 'соsine', '余弦(1)',
+    '(lambda: 1)()', 'cosine(lambda: 1)', 'cosine(*[1, 2])', 'cosine(**{"logsnr_min": 1})',
+    'cosine(-5, logsnr_min=-4)', 'cosine(logsnr_min=-5, logsnr_min=-4)', 'cosine(-"a")', 'cosine(True)',
+    'cosine(nan)', 'cosine(logsnr_min=x:=1)', 'cosine(', 'cosine()()', 'cosine() ; 1', 'cosine(10**400)',
+    f'cosine({"9" * 9000})', '', 'cosine(\x00)', '\ud800', 'соsine',
     'cosine(' * 5000, '(' * 10_000, '-' * 100_000 + '1', 'cosine(' + '-' * 5000 + '1)',
     'discrete(schedule=' * 60 + 'cosine' + ')' * 60, 'discrete(schedule=discrete)', 'cosine' * 10_000]
-HOSTILE_WEIGHTS = [
-    "sigmoid(k=__import__('os'))", 'implied(schedule=__import__("os"))',
-    'implied(weighting=implied(weighting=eval("1")))', 'implied(adaptive, eps, min_snr)']
+HOSTILE_WEIGHTS = ['implied(schedule=__import__("os"))', 'implied(weighting=implied(weighting=eval("1")))']
 
 
 def test_hostile_texts_are_an_error_and_never_run(tmp_path, monkeypatch):
@@ -133,9 +101,7 @@ def test_hostile_texts_are_an_error_and_never_run(tmp_path, monkeypatch):
     ('schedule', 'shifted_cosine(shft=1)', "unknown option of shifted_cosine: 'shft'. Did you mean 'shift'"),
     ('schedule', 'cosine(1, 2, 3)', "too many options, .* cosine has: 'logsnr_min', 'logsnr_max'"),
     ('target', 'x(a=1)', "x has no options, but 'x.a=1.' gives 'a'"),
-    ('target', 'x(1)', 'too many options, .* x has: none'),
-    ('weighting', 'min_snr(gamma=1+1)', "cannot read '1 . 1' in 'min_snr"),
-    ('weighting', 'min_snr(gamma=0)', 'gamma must be above 0')])
+    ('weighting', 'min_snr(gamma=1+1)', "cannot read '1 . 1' in 'min_snr")])
 def test_what_is_wrong_with_options_is_said(kind, text, says):
     with pytest.raises(ValueError, match=says): from_spec(REGISTRIES[kind], text, kind)
 
@@ -143,46 +109,25 @@ def test_what_is_wrong_with_options_is_said(kind, text, says):
 # ---- numbers
 
 @few
-@given(st.one_of(st.integers(-10**9, 10**9), st.floats(-1e9, 1e9)), st.integers(-10**9, 10**9),
-       st.integers(0, 10**9), st.booleans())
+@given(st.one_of(st.integers(-10**9, 10**9), st.floats(-1e9, 1e9), st.just(math.nan)),
+       st.integers(-10**9, 10**9), st.integers(0, 10**9), st.booleans())
 def test_number_keeps_what_is_in_range_and_names_what_is_not(value, low, width, above):
     high = low + width
     if low <= value <= high and not (above and value == low):
         assert number('p', value, low, high, above=above) == value
         return
-    with pytest.raises(ValueError, match='^p must be ') as e: number('p', value, low, high, above=above)
-    assert repr(value) in str(e.value)
+    said = 'above .* up to' if above else 'from .* to'
+    with pytest.raises(ValueError, match=f'^p must be ({said} .*|a number), not {value}'):
+        number('p', value, low, high, above=above)
 
 
-@pytest.mark.parametrize('bound, says', [
-    (dict(low=1), 'at least 1,'), (dict(low=0, above=True), 'greater than 0,'),
-    (dict(low=0, high=1), 'from 0 to 1,'), (dict(low=0, high=1, above=True), 'above 0 up to 1,')], ids=str)
-def test_bounds_are_told(bound, says):
-    with pytest.raises(ValueError, match=says): number('p', -3, **bound)
-
-
-NO_NUMBER = [True, None, '1', [1], 1j, {}, torch.tensor(1.), np.ones(2), np.bool_(True)]
-NOT_WHOLE = [2.5, math.inf, -math.inf, math.nan, 1e3 + 1e-10]
-
-
-def test_number_refuses_what_is_no_number():
-    for bad in NO_NUMBER:
-        for whole in (False, True):
-            with pytest.raises(TypeError, match='^epochs must be'): number('epochs', bad, integer=whole)
-    for bad in NOT_WHOLE:
-        with pytest.raises(ValueError, match='^n must be a whole number'): number('n', bad, integer=True)
-    with pytest.raises(ValueError, match='^n must be a number, not nan'): number('n', math.nan)
-    for whole in (False, True):   # float(10**400) overflows
-        with pytest.raises(ValueError, match='of a reasonable size, not one of 1329 bits'):
-            number('n', 10**400, integer=whole)
-
-
-@pytest.mark.parametrize('value', [2., np.float32(2), np.int64(2), Fraction(2)], ids=repr)
-def test_number_takes_the_numbers_of_other_libraries(value):
+def test_whole_numbers_are_whole_and_come_from_any_library():
     "a loop over np.arange(...) gives np.int64, which is a whole number"
-    for integer in (False, True):
-        got = number('p', value, integer=integer)
-        assert got == 2 and type(got) is (int if integer else float)
+    for value in (2., np.float32(2), np.int64(2), Fraction(2)):
+        for integer in (False, True):
+            got = number('p', value, integer=integer)
+            assert got == 2 and type(got) is (int if integer else float)
+    with pytest.raises(ValueError, match='^n must be a whole number'): number('n', 1e3 + 1e-10, integer=True)
 
 
 # ---- shapes
@@ -198,60 +143,26 @@ def test_expand_multiplies_example_by_example(n, rest, form):
     assert torch.equal(expand(scale, x) * x, torch.stack([k * row for k, row in zip(each, x)]))
 
 
-@pytest.mark.parametrize('shape', [(3,), (3, 1), (1, 2), (2, 2), (2, 1, 2)], ids=str)
-def test_expand_refuses_scales_of_other_data(shape):
-    with pytest.raises(ValueError, match='not one number per example'):
-        expand(torch.ones(shape), torch.ones(2, 2))
-
-
-@pytest.mark.parametrize('scale', [np.array([1., 10.]), [1., 10.], (1, 10)], ids=type)
-def test_expand_takes_numbers_in_any_form(scale):
-    assert (expand(scale, torch.ones(2, 2)) * torch.ones(2, 2)).tolist() == [[1.] * 2, [10.] * 2]
-
-
-@pytest.mark.parametrize('scale', [None, 'a', True, 1j, {}, ['a'], [[1], [1, 2]], torch.tensor([True])])
-def test_expand_refuses_what_is_no_scale(scale):
-    with pytest.raises(TypeError, match='^alpha must '): expand(scale, torch.ones(2, 2), 'alpha')
-
-
-def test_expand_keeps_numbers():
-    for scale in (2., torch.tensor(2.), sympy.Symbol('a')): assert expand(scale, torch.ones(2, 2)) is scale
+def test_expand_takes_numbers_in_any_form():
+    x = torch.ones(2, 2)
+    for scale in (np.array([1., 10.]), (1, 10)):
+        assert (expand(scale, x) * x).tolist() == [[1.] * 2, [10.] * 2]
+    for scale in (2., torch.tensor(2.), sympy.Symbol('a')): assert expand(scale, x) is scale
+    for bad in ('a', [[1], [1, 2]], torch.tensor([True])):
+        with pytest.raises(TypeError, match='^alpha must '): expand(bad, x, 'alpha')
+    for shape in ((3, 1), (1, 2), (2, 2), (2, 1, 2)):
+        with pytest.raises(ValueError, match='not one number per example'): expand(torch.ones(shape), x)
 
 
 # ---- one formula for tensors and symbols
 
-@pytest.mark.parametrize('name', sorted(vars(maths(torch.zeros(())))))
-def test_every_function_means_the_same_for_tensors_and_symbols(name):
-    x = sympy.Symbol('x')
-    of_tensor, of_symbol = (getattr(maths(of), name) for of in (torch.zeros(()), x))
-    if name == 'pi':
-        assert of_tensor == float(of_symbol)
-        return
-    more = [0.7] if name in ('maximum', 'minimum') else []
-    for value in (0.1, 0.5, 0.9 if name == 'ndtri' else 2.):
-        got = of_tensor(torch.tensor(value, dtype=torch.float64), *more)
-        assert abs(float(got) - float(of_symbol(x, *more).subs(x, value))) < 1e-12
-
-
-def test_the_stable_forms_are_stable():
-    m = maths(torch.zeros(()))
-    x = torch.tensor([-800., -50., 50., 800.], dtype=torch.float64)
-    want = torch.tensor([0., math.exp(-50), 50., 800.], dtype=torch.float64)
-    torch.testing.assert_close(m.softplus(x), want, rtol=1e-12, atol=0)
-    assert m.softplus(x.float()).dtype == torch.float32 and m.expm1(torch.tensor(1e-20)) > 0
-
-
-NO_FLOATS = [torch.tensor(True), torch.tensor(1j), '0.5', 'a', None, True, 1j, [None], {}]
-
-
-def test_numbers_become_tensors():
-    for value in (1, 0.5, np.float32(0.5), [0.1, 0.2], np.array([0.1]), [1, 2], np.array([1])):
+def test_numbers_become_tensors_and_symbols_stay():
+    for value in (1, np.float32(0.5), [0.1, 0.2], np.array([0.1]), [1, 2]):
         assert torch.equal(as_number(value), torch.tensor(value, dtype=torch.float64))
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        assert as_number(torch.ones(2, dtype=dtype)).dtype == dtype
-    for bad in NO_FLOATS:
-        with pytest.raises(TypeError, match='^logsnr must '): as_number(bad, 'logsnr')
-    with pytest.raises(ValueError, match='^logsnr must .*meta'): as_number(torch.ones(2).to('meta'), 'logsnr')
+    for dtype in (torch.bfloat16, torch.float32): assert as_number(torch.ones(2, dtype=dtype)).dtype == dtype
+    x = sympy.Symbol('x')
+    assert as_number(x) is x and is_symbolic(x + 1) and is_symbolic(sympy.Integer(1))
+    assert not any(map(is_symbolic, (1, torch.ones(1), np.ones(1), 'x', None)))
 
 
 def test_a_formula_takes_any_number_and_computes_nothing_in_16_bits():
@@ -270,12 +181,6 @@ def test_a_formula_takes_any_number_and_computes_nothing_in_16_bits():
     for wrong in ((), (1, 2)):
         with pytest.raises(TypeError, match='argument'): Curve().at(*wrong)
     with pytest.raises(TypeError, match='unexpected'): Curve().at(u=1)
-
-
-def test_symbols_stay_symbols():
-    x = sympy.Symbol('x')
-    assert as_number(x) is x and is_symbolic(x + 1) and is_symbolic(sympy.Integer(1))
-    assert not any(map(is_symbolic, (1, 1., torch.ones(1), np.ones(1), 'x', None)))
 
 
 # ---- files
@@ -318,44 +223,37 @@ def test_a_file_is_on_the_disk_before_it_has_its_name_and_no_link_is_written_thr
 def test_a_killed_writer_leaves_the_former_file(tmp_path):
     path, draft = tmp_path / 'file', tmp_path / 'draft'
     path.write_text('former')
-    code = ("import os, sys; from lfdm.core import write_whole\n"
-            "with write_whole(*sys.argv[1:]) as d: d.write_text('half'); os.kill(os.getpid(), 9)")
-    killed = subprocess.run([sys.executable, '-c', code, path, draft], cwd=project_root(__file__))
-    assert killed.returncode == -9 and path.read_text() == 'former' and draft.read_text() == 'half'
+    if not (writer := os.fork()):
+        with write_whole(path, draft) as d:
+            d.write_text('half')
+            os.kill(os.getpid(), 9)
+    assert os.waitpid(writer, 0) == (writer, 9)
+    assert path.read_text() == 'former' and draft.read_text() == 'half'
     with write_whole(path, draft): draft.write_text('new')   # the leftover does no harm
     assert path.read_text() == 'new' and os.listdir(tmp_path) == ['file']
 
 
 # ---- seeds, devices, short messages
 
-@pytest.mark.parametrize('seed', [0, 7, 2**32 - 1, 1e3, np.int64(5)], ids=repr)
-def test_seeds_are_kept(seed):
-    assert checked_seed(seed) == seed and type(checked_seed(seed)) is int
-    assert torch.equal(torch.rand(3, generator=seeded(seed)),
-                       torch.rand(3, generator=torch.Generator().manual_seed(int(seed))))
-
-
-@pytest.mark.parametrize('seed', [-1, 2**32, 2**63, 10**400, 0.5, math.nan, math.inf, True, None, '0', [0]])
-def test_a_seed_that_repeats_another_is_refused(seed):
-    for refuses in (checked_seed, seeded):
-        with pytest.raises((TypeError, ValueError), match='^seed must be ') as e: refuses(seed)
-        assert len(str(e.value)) <= LONGEST
-
-
-def test_a_stream_is_gone_on_with():
-    g = seeded(3)
-    assert seeded(g) is g
+def test_seeds_are_kept_and_one_that_repeats_another_is_refused():
+    for seed in (0, 2**32 - 1, 1e3, np.int64(5)):
+        assert checked_seed(seed) == seed and type(checked_seed(seed)) is int
+        assert torch.equal(torch.rand(3, generator=seeded(seed)),
+                           torch.rand(3, generator=torch.Generator().manual_seed(int(seed))))
+    for seed in (-1, 2**32, 10**400, True):
+        for refuses in (checked_seed, seeded):
+            with pytest.raises((TypeError, ValueError), match='^seed must be '): refuses(seed)
+    assert seeded(g := seeded(3)) is g   # a stream is gone on with
 
 
 def test_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     for device in ('cpu', torch.device('cpu')): assert checked_device(device) == torch.device('cpu')
-    for bad in ('gpu', 'CPU', 'cuda', 'cuda:0', 'meta', '', 'cpu:7', torch.device('meta')):
+    for bad in ('CPU', 'cuda', 'cuda:0', 'meta', '', 'cpu:7'):
         for refuses in (checked_device, lambda device: seeded(0, device)):
             with pytest.raises(ValueError, match="unknown device.* '.*'. .*Valid: 'cpu'"): refuses(bad)
-    for bad in (None, 0, True, ['cpu']):
-        with pytest.raises(TypeError, match='^device must be a name such as'): checked_device(bad)
+    with pytest.raises(TypeError, match='^device must be a name such as'): checked_device(0)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     for good in ('cuda', 'cuda:1'): assert checked_device(good) == torch.device(good)
@@ -363,11 +261,11 @@ def test_devices(monkeypatch):
         checked_device('cuda:2')
 
 
-LONG = ['a' * 10_000, 'cosine(' + 'x' * 10_000, ['a'] * 10_000, 10**400, 'a\nb', torch.zeros(100_000),
-        b'a' * 999, np.zeros(10_000), 'cosine(' + 'a=1,' * 999 + ')', 'cosine(' + '"a"' * 999 + ')']
+LONG = ['cosine(' + 'x' * 10_000, ['a'] * 10_000, 10**400, 'a\nb', torch.zeros(100_000), np.zeros(10_000),
+        'cosine(' + 'a=1,' * 999 + ')', 'cosine(' + '"a"' * 999 + ')']
 
 
-@pytest.mark.parametrize('value', LONG, ids=lambda v: str(v)[:9])
+@pytest.mark.parametrize('value', LONG, ids=range(len(LONG)))
 def test_messages_are_short(value):
     names = {f'name_{i}': Child for i in range(500)}
     doors = [lambda: lookup(names, value, 'thing'), lambda: instance(names, value, 'thing', Base),

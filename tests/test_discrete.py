@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import sympy
 import torch
-from hypothesis import given, settings, strategies as st
 
 from lfdm.adaptive import AdaptiveSchedule
 from lfdm.discrete import DDPMSchedule, DiscreteSchedule, Staircase
@@ -14,10 +13,9 @@ from lfdm.schedules import CONTINUOUS, sde
 
 f32, f64 = torch.float32, torch.float64
 close = torch.testing.assert_close
-few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 
 
-@pytest.mark.parametrize("T", [1, 2, 7, 1000, 10**5, 10**6])
+@pytest.mark.parametrize("T", [1, 7, 10**5, 10**6])
 def test_a_time_i_over_T_finds_level_i(T):
     "in spite of rounding, in float32 too; and no time above 0 is at level 0, which no loss knows"
     s, i = DiscreteSchedule(-9, 9, T=T), torch.arange(T + 1)
@@ -48,47 +46,28 @@ def test_a_schedule_seen_at_T_times(inner):
     close(s.jump(levels), s.before(levels) - levels)
 
 
-@pytest.mark.filterwarnings("ignore:the chain of T")
-@few
-@given(st.integers(1, 60), st.floats(1e-4, 0.5), st.floats(0, 0.49))
-def test_ddpm_is_the_plain_product(T, beta_min, more):
-    options = dict(logsnr_max=math.inf, T=T, beta_min=beta_min, beta_max=beta_min + more)
-    s, i = DDPMSchedule(**options), torch.arange(1, T + 1, dtype=f64) / T
-    product = torch.tensor(np.cumprod([1 - (beta_min + more * k / max(1, T - 1)) for k in range(T)]))
-    close(s.alpha(i)**2, product, rtol=1e-9, atol=0)
-    close(s.sigma(i)**2, 1 - product, rtol=1e-9, atol=1e-12)
-    assert (s.alpha(0.), s.sigma(0.), s.logsnr_min, s.steps) == (1, 0, s._levels[-1], T)
-    assert DDPMSchedule(s.logsnr_min, **options).logsnr_min == s.logsnr_min
-
-
 def test_the_betas_of_chains_are_those_that_other_code_writes():
     f = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2)**2
     betas = dict(linear=np.linspace(1e-4, 0.02, 1000), cosine=np.minimum(1 - f[1:] / f[:-1], 0.999),
                  scaled_linear=np.linspace(1e-4**0.5, 0.02**0.5, 1000)**2)
     for name, beta in betas.items():
-        alpha = DDPMSchedule(beta=name, logsnr_max=20).alpha(torch.arange(1, 1001, dtype=f64) / 1000)
-        np.testing.assert_allclose(alpha**2, np.cumprod(1 - beta), rtol=1e-9)
+        s, product = DDPMSchedule(beta=name, logsnr_max=math.inf), np.cumprod(1 - beta)
+        level = s.level(torch.arange(1, 1001, dtype=f64) / 1000)
+        np.testing.assert_allclose(level.alpha**2, product, rtol=1e-9)
+        np.testing.assert_allclose(level.sigma**2, 1 - product, rtol=1e-9)
+        assert (s.alpha(0.), s.sigma(0.), s.logsnr_min, s.steps) == (1, 0, s._levels[-1], 1000)
+        assert DDPMSchedule(s.logsnr_min, beta=name).logsnr_min == s.logsnr_min
 
 
 @pytest.mark.parametrize("cls, bad, text", [
-    *((cls, dict(T=T), "T must be") for cls in (DiscreteSchedule, DDPMSchedule)
-      for T in (0, 1.5, True, "10", math.nan, 10**7)),
-    (DiscreteSchedule, dict(schedule="cosin"), "Did you mean 'cosine'"),
-    (DiscreteSchedule, dict(schedule="cosine(-inf, inf)"), "finite range"),
-    *((DiscreteSchedule, dict(schedule=s), "levels of its own")
-      for s in ("ddpm", "adaptive", "discrete(T=4)")),
-    (DiscreteSchedule, dict(schedule="linear", logsnr_min=-12), "linear schedule reaches"),
-    (DiscreteSchedule, dict(schedule=None), "schedule must be"),
-    (DiscreteSchedule, dict(logsnr_min=5, logsnr_max=-5), "logsnr_min must be below"),
+    (DiscreteSchedule, dict(T=10**7), "T must be"),
+    *((DiscreteSchedule, dict(schedule=s), "levels of its own") for s in ("adaptive", "discrete(T=4)")),
     (DiscreteSchedule, dict(logsnr_min=0, logsnr_max=1e-12, T=10**5), "levels of 'discrete' do not fall"),
-    (DDPMSchedule, dict(logsnr_min=-12), "cannot end at logsnr_min -12"),
-    (DDPMSchedule, dict(logsnr_max=5), "above the first level"),
     (DDPMSchedule, dict(beta="scaled-linear"), "Did you mean 'scaled_linear'"),
-    *((DDPMSchedule, dict(beta_min=b), "beta_min must be") for b in (0, "1")),
-    (DDPMSchedule, dict(beta_max=1), "beta_max must be"),
-    (DDPMSchedule, dict(beta_min=0.1, beta_max=0.01), "beta_max must be")], ids=str)
+    (DDPMSchedule, dict(beta_min=0), "beta_min must be"),
+    (DDPMSchedule, dict(beta_min=0.1, beta_max=0.01), "beta_max must be")])
 def test_chains_that_cannot_be(cls, bad, text):
-    with pytest.raises((TypeError, ValueError), match=text): cls(**bad)
+    with pytest.raises(ValueError, match=text): cls(**bad)
 
 
 @pytest.mark.parametrize("s", [DiscreteSchedule(T=7), DDPMSchedule(T=500)], ids=lambda s: s.name)
@@ -100,21 +79,15 @@ def test_nan_is_at_no_level(s):
 
 
 def test_a_chain_that_ends_in_signal_warns():
-    for T, says in ((10, "T = 10 steps ends at logsnr 2.24, with 3.1 times"), (50, "at logsnr 0.418")):
-        with pytest.warns(UserWarning, match=says): DDPMSchedule(T=T)
+    with pytest.warns(UserWarning, match="T = 50 steps ends at logsnr 0.418"): DDPMSchedule(T=50)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         DDPMSchedule(), DDPMSchedule(None, 12.9, 1000, 0.00085, 0.012, "scaled_linear")
 
 
-@pytest.mark.parametrize("levels", [None, 1., [1.], [[2., 1.]], [1., 2.], ["a"], []], ids=str)
-def test_levels_that_cannot_be(levels):
-    with pytest.raises((TypeError, ValueError), match="levels"): Staircase(levels)
-    assert Staircase([2, 1.5]).logsnr([0, 1.]).tolist() == [2, 1.5]
-
-
-def test_a_staircase_has_no_process_and_no_formula():
-    for s in (DiscreteSchedule(), DDPMSchedule(), AdaptiveSchedule()):
+def test_a_staircase_falls_and_has_no_process_and_no_formula():
+    for levels in ([1.], [[2., 1.]], [1., 2.]):
+        with pytest.raises(ValueError, match="levels"): Staircase(levels)
+    for s in (Staircase([2, 1.5]), AdaptiveSchedule()):
         with pytest.raises(TypeError, match="no formula"): s.logsnr(sympy.Symbol("t"))
-        if s.steps:
-            with pytest.raises(ValueError, match="jumps from level to level"): sde(s, torch.tensor([0.5]))
+    with pytest.raises(ValueError, match="jumps from level to level"): sde(DDPMSchedule(), 0.5)

@@ -25,10 +25,9 @@ SOURCES = {   # K: Kingma & Gao
     "thesis 3.18 to 3.20: one step": "thesis 3.18|thesis 3.19|thesis 3.20",
     "paper 8–11 and 13": "paper 8|paper 9|paper 10|paper 11|paper 13",
     "thesis 3.52 and paper 15, w_s": "thesis 3.52|paper 15", "thesis 3.11, so 3.9": "thesis 3.11|thesis 3.9",
-    "thesis 3.35, 3.36 with 3.38, in three dimensions": "thesis 3.35|thesis 3.36|thesis 3.38",
     "K E.3, cosine density": "K E.3", "K 15, w = 1 in x": "K 15", "note W2 with the variance": "note W2",
     "the flow, thesis 3.55 with K 91": "thesis 3.55|K 91", "thesis 3.2.2: a section": "",
-    "thesis, text before 3.52: not the equation": "", "K 91, the text after it: a claim": "",
+    "K 91, the text after it: a claim": "",
     "K 50, if the score is conservative": "", "thesis, algorithm 1: none": "", "a synthesis 3.5": ""}
 
 
@@ -67,20 +66,14 @@ def without(*key, verdict=None):
 
 
 @pytest.mark.parametrize("lines, says", [
-    (without("thesis", "3.21"), "thesis 3.21 shall be proved"),
     (without("thesis", "3.26"), "paper 10 shall be proved"),   # its twin
     ([*LINES, line("refuted", "thesis 3.21 as printed")], "thesis 3.21 shall be proved, but it is refuted"),
     (without("thesis", "3.8", verdict="refuted"), "thesis 3.8 shall be wrong as printed"),
     ([*LINES, line("proved", "thesis 3.99")], "has no thesis 3.99"),
     ([*LINES, line("checked", "thesis 3.6", can_fail=False)], "nothing can fail"),
-    ([*LINES, line("proved", "thesis 3.2")], "change its status")], ids=range(7))
+    ([*LINES, line("proved", "thesis 3.2")], "change its status")], ids=range(6))
 def test_a_ledger_that_does_not_keep_its_word_is_found(lines, says):
     assert any(says in fault for fault in ledger.faults(lines))
-
-
-def test_an_unknown_document_is_named():
-    for table in (ledger.equation_table, ledger.errata_list):
-        with pytest.raises(ValueError, match="document .thesiss.. Did you mean .thesis."): table("thesiss")
 
 
 def test_an_open_equation_takes_the_status_of_its_first_check():
@@ -99,10 +92,6 @@ def test_places_exist_and_mention_the_equation():
 
 
 # --- the errata
-
-def test_errata_are_settled_by_what_they_name():
-    assert not ledger.errata_faults(LINES), "\n".join(ledger.errata_faults(LINES))
-
 
 def test_an_erratum_without_its_check_is_found():
     assert ledger.errata_faults([l for l in LINES if l.source != "Kingma & Gao 36 as printed"])

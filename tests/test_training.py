@@ -12,24 +12,24 @@ from lfdm.training import (
     TrainState,
     clip_gradients,
     ema_decay,
-    require_data,
     train,
     warmed_up,
-    with_precision,
 )
 from lfdm.validation import ValidationSet
 from trained import DATA, LOSS, Learning, X, everything, learning, new_net, new_state, same, trained
 
 # ---- batches
 
-@pytest.mark.parametrize("n, batch_size", [(101, 20), (101, 100), (101, 101), (5, 1), (1, 1), (2, 2.)])
+@pytest.mark.parametrize("n, batch_size", [(101, 20), (101, 101), (1, 1), (2, 2.)])
 def test_every_example_is_seen_once_an_epoch(n, batch_size):
-    x, seen = torch.arange(2. * n).reshape(n, 2), []
+    x, seen, told = torch.arange(2. * n).reshape(n, 2), [], []
     class Recorder(DiffusionLoss):
         def __call__(self, net, x, generator):
             seen.append(x)
             return super().__call__(net, x, generator=generator)
-    state = trained(new_state(), 2, batch_size, x / n, Recorder())
+    def progress(*of_all): told.append(of_all)
+    for state in train(new_state(), Recorder(), x / n, 2, batch_size, progress=progress): pass
+    assert told[-1] == (2 * n, 2 * n)
     assert [len(b) for b in seen] == 2 * [int(min(batch_size, n - i)) for i in range(0, n, int(batch_size))]
     epochs = (torch.cat(seen) * n).round().split(n)
     for epoch in epochs: assert torch.equal(epoch[:, 0].sort().values, x[:, 0])
@@ -37,47 +37,16 @@ def test_every_example_is_seen_once_an_epoch(n, batch_size):
     assert state.epoch == 2 and [h["epoch"] for h in state.history] == [1, 2]
 
 
-BAD = {train: dict(epochs=[-1, 1.5, math.nan], batch_size=[0, 102, 1.5, math.inf], accelerator=["cpu"],
-                   loss=["v"], validation=[[]]),
-       TrainState: dict(lr=[0, -1e-3, math.nan], seed=[-1, .5, 2**32, [0, 1]], schedules=[[None], "cosine"]),
-       ema_decay: dict(n=[-1, 2.5], ema=[-.1, 1.5]), warmed_up: dict(n=[-1], warmup=[-1]),
-       clip_gradients: dict(clip=[0, -1]), with_precision: dict(precision=["fp8"], compiled=[3])}
-EACH = [(f, name, value) for f, wrong in BAD.items() for name, values in wrong.items() for value in values]
-
-@pytest.mark.parametrize("function, name, wrong", EACH)
+@pytest.mark.parametrize("function, name, wrong", [
+    (train, "batch_size", 0), (train, "batch_size", 102), (train, "x", X[:, 0]), (TrainState, "lr", 0),
+    (TrainState, "seed", 2**32), (TrainState, "seed", [0, 1]), (TrainState, "ema", 0), (TrainState, "ema", 1),
+    (TrainState, "clip", 0), (ema_decay, "ema", 1.5), (clip_gradients, "clip", 0)])
 def test_what_is_refused(function, name, wrong):
-    given = dict(state=new_state(), loss=LOSS, x=X, batch_size=20, net=new_net(), n=1, ema=.9, warmup=2)
+    given = dict(state=new_state(), loss=LOSS, x=X, batch_size=20, net=new_net(), n=1, ema=.9)
     takes, before = inspect.signature(function).parameters, everything(given["state"])
-    with pytest.raises((ValueError, TypeError), match=rf"\b{name}\b") as e:
+    with pytest.raises(ValueError, match=rf"\b{name}\b"):
         for _ in function(**{k: v for k, v in given.items() if k in takes} | {name: wrong}): pass
-    assert len(str(e.value)) <= 300 and everything(given["state"]) == before
-
-
-@pytest.mark.parametrize("x, says", [
-    (X / 0, "x must be finite"), (X[:0], "x must hold an example"), (X[:, 0], "x must hold an example"),
-    (X.to("meta"), "x must lie where the network does, on cpu")], ids=["nan", "none", "flat", "elsewhere"])
-def test_data_that_nothing_can_be_learned_from(x, says):
-    with pytest.raises(ValueError, match=says): require_data("x", x, new_state())
-    with pytest.raises(ValueError, match="^x must"): trained(new_state(), 3, x=x)
-
-
-@pytest.mark.parametrize("loss", [3., torch.ones(2, requires_grad=True), torch.ones(())], ids=str)
-def test_a_step_needs_one_number_with_a_gradient(loss):
-    with pytest.raises((ValueError, TypeError), match="loss must be"): new_state().descend(loss)
-
-
-def test_rows_become_data_and_progress_is_told():
-    "`prepare` draws from the run's own generator; `forward` is what is computed"
-    calls, told, net = [], [], new_net()
-    def prepare(rows, g): return rows / 10 + 0 * torch.rand(1, generator=g)
-    def forward(z, u): calls.append(len(z)); return net(z, u)
-    state = TrainState(net)
-    for _ in train(state, LOSS, X, 1, 60, None, prepare, forward, progress=lambda *a: told.append(a)): pass
-    assert calls == [60, 41] and told == [(60, 101), (101, 101)]
-    g = torch.Generator().manual_seed(0)
-    torch.randperm(101, generator=g)
-    for n in calls: torch.rand(1, generator=g); LOSS.drawn(X[:n], generator=g)
-    assert torch.equal(state.generators[0].get_state(), g.get_state())
+    assert everything(given["state"]) == before
 
 
 # ---- processes
@@ -131,54 +100,7 @@ def test_what_a_network_draws_follows_from_the_run_and_differs_between_processes
     assert torch.equal(one, again) and not torch.equal(one, other)
 
 
-# ---- runs that go on
-
-def test_a_state_goes_on_where_it_stands():
-    stopped = new_state()
-    for state in train(stopped, LOSS, X, 4, 20):
-        if state.epoch == 2: break
-    assert everything(trained(stopped, 4)) == everything(trained(new_state(), 4))
-
-
-def test_validation_does_not_change_training():
-    "nor does either read or change the global random state"
-    torch.manual_seed(1)
-    plain, watched = trained(new_state(), 2), new_state()
-    torch.manual_seed(2)
-    before = torch.get_rng_state()
-    trained(watched, 2, validation=ValidationSet(LOSS, X, 5, denoise=DATA.denoise))
-    assert torch.equal(torch.get_rng_state(), before) and same(plain.net, watched.net)
-    assert [h["train_loss"] for h in plain.history] == [h["train_loss"] for h in watched.history[1:]]
-
-
 # ---- the options of a step
-
-def by_hand(epochs, lr=1e-3):
-    "Adam without any option, in the plainest words."
-    state = new_state()
-    net, g = state.net, state.generators[0]
-    optimizer, losses = torch.optim.Adam(net.parameters(), lr, fused=True), []
-    for _ in range(epochs):
-        total = torch.zeros(())
-        for batch in torch.randperm(len(X), generator=g).split(20):
-            value = LOSS(net, X[batch], generator=g).mean()
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-            total += value.detach() * len(batch)
-        losses.append(total.item() / len(X))
-    return net, losses
-
-
-OFF = [{}, dict(ema=None, clip=None, warmup=0), dict(ema=.99), dict(clip=1e9), dict(warmup=1)]
-
-@pytest.mark.parametrize("options", OFF, ids=str)
-def test_options_that_are_off_or_have_nothing_to_do_leave_training_as_it_was(options):
-    "bit for bit; the average watches"
-    (net, losses), state = by_hand(3), trained(new_state(**options), 3)
-    assert same(net, state.net) and [h["train_loss"] for h in state.history] == losses and state.steps == 18
-    assert (state.result is state.net) == (options.get("ema") is None)
-
 
 def each_step(state, steps):
     "(weights, gradient used, learning rate) after each of some steps."
@@ -188,13 +110,12 @@ def each_step(state, steps):
         yield torch.cat(weights), torch.cat(gradients), state.optimizer.param_groups[0]["lr"]
 
 
-@pytest.mark.parametrize("ema", [.05, .3, .9999])
-def test_the_average_by_hand(ema):
-    state = new_state(ema=ema, lr=.1)
+def test_the_average_by_hand():
+    state = new_state(ema=.3, lr=.1)
     flat = lambda net: torch.cat([p.detach().flatten() for p in net.parameters()])
     average = flat(state.net).double()
     for n, (weights, _, _) in enumerate(each_step(state, 5)):
-        d = min(ema, (1 + n) / (10 + n))
+        d = min(.3, (1 + n) / (10 + n))
         average = d * average + (1 - d) * weights
         torch.testing.assert_close(average.float(), flat(state.average), rtol=1e-5, atol=1e-6)
     assert not torch.equal(flat(state.average), flat(state.net)) and state.result is state.average
@@ -204,32 +125,19 @@ def test_the_average_by_hand(ema):
 def test_the_decay_and_the_warm_up_rise_to_their_value_and_stay():
     decays = [ema_decay(.99, n) for n in range(2000)]
     assert decays[0] == .1 and decays == sorted(decays) and decays[889] < .99 == decays[890] == decays[-1]
-    assert ema_decay(.05, 0) == .05
-    assert [warmed_up(n, 2) for n in range(4)] == [.5, 1, 1, 1] and warmed_up(0, 0) == warmed_up(0, 1) == 1
+    assert ema_decay(.05, 0) == .05 and warmed_up(0, 0) == warmed_up(0, 1) == 1
     rates = [lr for _, _, lr in each_step(new_state(lr=.1, warmup=4), 5)]
     assert rates == pytest.approx([.025, .05, .075, .1, .1])
-    assert [lr for _, _, lr in each_step(new_state(lr=.1), 2)] == [.1, .1]
 
 
-def test_validation_sees_the_average():
+def test_validation_sees_the_average_and_does_not_change_training():
     v = ValidationSet(LOSS, X, 5, denoise=DATA.denoise)
     state = trained(new_state(ema=.9, lr=.05), 2, validation=v)
     assert state.history[-1].items() >= v(state.result).items() and v(state.net) != v(state.result)
     assert state.history[0].items() > v(new_net()).items()
     plain = trained(new_state(lr=.05), 2)   # the training loss is that of the weights as they move
+    assert same(plain.net, state.net)
     assert [h["train_loss"] for h in state.history[1:]] == [h["train_loss"] for h in plain.history]
-
-
-@pytest.mark.parametrize("clip", [1e-3, .05, 1e6])
-def test_a_clipped_gradient_is_no_longer_and_points_where_it_did(clip):
-    state = new_state()
-    gradient = lambda: torch.cat([p.grad.flatten() for p in state.net.parameters()])
-    LOSS(state.net, X, generator=state.generators[0]).mean().backward()
-    before = gradient()
-    norm, after = clip_gradients(state.net, clip), gradient()
-    assert norm == pytest.approx(before.norm().item(), rel=1e-5) and after.norm() <= clip * (1 + 1e-5)
-    torch.testing.assert_close(after / after.norm(), before / before.norm(), rtol=1e-4, atol=1e-7)
-    assert clip < 1 or torch.equal(before, after)
 
 
 def test_training_uses_the_clipped_gradient():
@@ -252,16 +160,7 @@ def test_a_schedule_that_learns_must_be_known_to_the_state():
 
 # ---- training that goes wrong
 
-@pytest.mark.parametrize("validation", [None, ValidationSet(LOSS, X, 5)], ids=["plain", "validated"])
-def test_nan_in_training(validation):
+def test_nan_in_training():
     state = new_state(lr=1e20)
-    with pytest.raises(FloatingPointError, match=r"epoch \d+ .*Eps.*lr 1e\+20.*Lower lr"):
-        trained(state, 50, validation=validation)
-    assert len(state.history) == state.epoch + bool(validation)
-    assert all(math.isfinite(h.get("train_loss", 0)) for h in state.history)
-
-
-def test_a_network_of_the_wrong_shape_is_refused():
-    class Column(MLP):
-        def forward(self, z, u): return super().forward(z, u)[:, :1]
-    with pytest.raises(ValueError, match=r"returned shape \(20, 1\)"): trained(TrainState(Column(2, 4)), 1)
+    with pytest.raises(FloatingPointError, match=r"epoch \d+ .*Eps.*lr 1e\+20.*Lower lr"): trained(state, 50)
+    assert len(state.history) == state.epoch and all(math.isfinite(h["train_loss"]) for h in state.history)

@@ -5,17 +5,15 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
 
 from lfdm.evaluation import floor
 from lfdm.losses import DiffusionLoss
-from lfdm.schedules import SCHEDULES, network_logsnr
+from lfdm.schedules import network_logsnr
 from lfdm.validation import ValidationSet
 from trained import DATA, LOSS, X, new_net
 
 X64 = DATA.sample(20_000, 3, dtype=torch.float64)
-CHOICES = [("cosine", "eps", "weighted"), ("cosine", "v", "nelbo"), ("linear", "x", "weighted"),
-           ("ve", "eps", "nelbo"), ("ve", "v", "weighted")]
+CHOICES = [("cosine", "v", "nelbo"), ("linear", "x", "weighted"), ("ve", "eps", "nelbo")]
 
 
 def near_exact(loss, offset=0.):
@@ -28,7 +26,7 @@ def near_exact(loss, offset=0.):
     return net
 
 
-@pytest.mark.parametrize("choice", CHOICES, ids="-".join)
+@pytest.mark.parametrize("choice", CHOICES)
 def test_loss_and_excess_agree_with_plain_monte_carlo_and_the_floor(choice):
     loss, g = DiffusionLoss(*choice), torch.Generator().manual_seed(1)
     measure, lower = ValidationSet(loss, X64, 20, denoise=DATA.denoise), floor(loss, DATA, 2001)
@@ -45,22 +43,9 @@ def test_loss_and_excess_agree_with_plain_monte_carlo_and_the_floor(choice):
     assert off["excess"] > 4 * off["excess_se"]
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(2, 60), st.integers(1, 60), st.integers(0, 99))
-def test_the_loss_per_logsnr_integrates_to_the_loss(n, bins, seed):
-    "for every number of examples and bins, also where one does not divide the other"
-    bins = min(n, bins)
-    v = ValidationSet(LOSS, X[:n], bins, seed, DATA.denoise)
-    report = v(new_net())
-    for name in ("loss", "excess"):
-        per = report[f"{name}_per_logsnr"]
-        assert len(per) == len(v.logsnr) == bins
-        assert sum(per) * v.width == pytest.approx(report[name], rel=1e-9)
-
-
-@pytest.mark.parametrize("bins", [20, 7])
-def test_the_loss_per_logsnr_lies_in_the_right_bins(bins):
+def test_the_loss_per_logsnr_lies_in_the_right_bins():
     "a loss of 1 everywhere: each bin then holds the density of λ there"
+    bins = 7
     class Ones(DiffusionLoss):
         def error(self, y, y_hat, level): return torch.ones_like(level.logsnr)
     v = ValidationSet(Ones(), X64, bins)
@@ -72,15 +57,14 @@ def test_the_loss_per_logsnr_lies_in_the_right_bins(bins):
 
 
 def test_a_report_is_json_and_measuring_leaves_no_trace():
-    net, names = new_net(), ("", "_se", "_per_logsnr")
+    net = new_net()
     v, before = ValidationSet(LOSS, X, 5, denoise=DATA.denoise), copy.deepcopy(net.state_dict())
     report = v(net)
     assert json.loads(json.dumps(report)) == report == v(net)
     assert report == ValidationSet(LOSS, X, 5, denoise=DATA.denoise)(net)   # the same seed, the same set
     assert report["loss"] != ValidationSet(LOSS, X, 5, seed=1)(net)["loss"]
-    assert all(p.grad is None for p in net.parameters())
     assert all(torch.equal(before[k], p) for k, p in net.state_dict().items())
-    assert set(report) == {a + b for a in ("loss", "excess") for b in names}
+    assert set(report) == {a + b for a in ("loss", "excess") for b in ("", "_se", "_per_logsnr")}
 
 
 def test_a_network_may_see_a_few_examples_at_a_time():
@@ -90,22 +74,17 @@ def test_a_network_may_see_a_few_examples_at_a_time():
     assert sizes == [101, 40, 40, 21] and whole == chunked and "nelbo_loss" in whole
 
 
-@pytest.mark.parametrize("dtype, rtol", [(torch.bfloat16, .01), (torch.float16, .002), (torch.float64, 1e-6)])
-def test_levels_keep_their_digits_whatever_the_data(dtype, rtol):
+def test_levels_keep_their_digits_whatever_the_data():
     "only the data are rounded; a network of zeros is told the loss of float32"
     zeros = lambda z, u: torch.zeros_like(z)
     loss, x = DiffusionLoss("cosine", "score", "weighted"), X64[:5000]
-    found, expected = (ValidationSet(loss, x.to(d))(zeros)["loss"] for d in (dtype, torch.float32))
-    assert found == pytest.approx(expected, rel=rtol)
+    found, expected = (ValidationSet(loss, x.to(d))(zeros)["loss"] for d in (torch.bfloat16, torch.float32))
+    assert found == pytest.approx(expected, rel=.01)
 
-
-INFINITE = [SCHEDULES["cosine"](*ends) for ends in ((-math.inf, 12.9), (-12.9, math.inf))]
 
 @pytest.mark.parametrize("bad, says", [
-    *((dict(bins=b), "bins must be") for b in (0, -1, 2.5, 102)),
-    *((dict(chunk=c), "chunk must be") for c in (0, .5)),
-    (dict(seed=-1), "seed must be"), (dict(others=["nelbos"]), "others: .*Did you mean 'nelbo'"),
-    (dict(x=X[:1]), "x must hold two"), (dict(x=X[:, 0]), "x must hold"), (dict(x=X / 0), "x must be finite"),
-    *((dict(loss=DiffusionLoss(s, "v")), "finite range") for s in INFINITE)], ids=str)
+    (dict(bins=102), "bins must be"), (dict(chunk=0), "chunk must be"),
+    (dict(x=X[:1]), "x must hold two"), (dict(x=X[:, 0]), "x must hold two"),
+    (dict(loss=DiffusionLoss("cosine(-inf, 12.9)", "v")), "finite range")])
 def test_what_is_refused(bad, says):
     with pytest.raises(ValueError, match=says): ValidationSet(**dict(loss=LOSS, x=X, bins=5) | bad)

@@ -36,10 +36,9 @@ def new_stack(losses, lr=1e-3, shift=0, **options):
     return TrainState(StackedMLP([new_net(m) for m in seeds]), lr, seeds, schedules=schedules, **options)
 
 
-def stacked(losses, epochs=1, data=None, batch_size=50, validations=None, **options):
-    "A stack trained side by side."
+def stacked(losses, epochs=1, data=None, validations=None, **options):
     state = new_stack(losses, **options)
-    for _ in train_stack(state, losses, data or [X] * len(losses), epochs, batch_size, validations): pass
+    for _ in train_stack(state, losses, data or [X] * len(losses), epochs, 50, validations): pass
     return state
 
 
@@ -61,7 +60,7 @@ def everything(state):
 
 
 class Learning(CosineSchedule):
-    "A schedule that moves with the times it was asked for, and refuses to have been asked less than never."
+    "A schedule that moves with the times it was asked for."
     def __init__(self):
         self._forget()
         super().__init__()
