@@ -30,15 +30,14 @@ def test_the_states_go_down_the_schedule(schedule):
     assert prior.std().item() == pytest.approx(level.scale.item(), rel=.03)
 
 
-@pytest.mark.parametrize("schedule", [SCHEDULES["ddpm"](T=20, beta_min=0.01, beta_max=0.5),
-                                      SCHEDULES["discrete"](schedule="rectified_flow(-9, 9)", T=20)], ids=str)
-def test_a_chain_is_sampled_level_by_level_down_to_its_clean_end(schedule):
+def test_a_chain_is_sampled_level_by_level_down_to_its_clean_end():
     "T steps of a chain of T levels visit each; fewer skip, more wait; t = 0 is λ_0 and not the first level"
+    schedule = SCHEDULES["discrete"](schedule="rectified_flow(-9, 9)", T=20)
     for steps in (20, 7, 33):
         path = states(schedule=schedule, steps=steps, sampler="ddim", dtype=f64)
         levels = torch.stack([level.logsnr for _, level, _ in path])
         assert set(levels.tolist()) <= set(schedule._levels.tolist()) and (levels.diff() >= 0).all()
-        assert levels[0] == schedule.logsnr_min and levels[-1] == schedule.logsnr_max
+        assert (levels[0], levels[-1]) == (schedule.logsnr_min, schedule.logsnr_max)
         if steps >= 20: assert torch.equal(levels.unique(), schedule._levels.sort().values)
 
 
@@ -87,15 +86,6 @@ def test_chunks(n, chunk, sampler):
 
 # ---- what a step is told
 
-@every
-def test_a_name_its_function_and_a_partial_of_it_are_one(sampler):
-    drawn = lambda sampler: sample(exact, 5, steps=4, sampler=sampler)
-    step, named = SAMPLERS[sampler], drawn(sampler)
-    assert torch.equal(named, drawn(step)) and torch.equal(named, drawn(partial(step)))
-    bound = dict(edm=dict(churn=0.), annealed_langevin=dict(size=.1), dpmpp_2m=dict(before=None)).get(sampler)
-    if bound: assert not torch.equal(named, drawn(partial(step, **bound)))
-
-
 def test_a_step_is_told_what_it_asks_for_and_nothing_else():
     told = []
     def asks(denoiser, z, s, t, noise, before, steps=None):
@@ -108,7 +98,9 @@ def test_a_step_is_told_what_it_asks_for_and_nothing_else():
         assert all(map(torch.equal, l, s))                      # the level of the guess, here not the state's
         torch.testing.assert_close(guess, exact(z + 1, s))
     def takes_all(denoiser, z, s, t, noise, **kw): assert not kw; return ddim_step(denoiser, z, s, t)
-    assert torch.equal(*(sample(exact, 3, steps=4, sampler=step) for step in ("ddim", takes_all)))
+    bound = partial(SAMPLERS["dpmpp_2m"], before=None)   # which is DDIM
+    ddim, *same = (sample(exact, 3, steps=4, sampler=step) for step in ("ddim", takes_all, bound))
+    for x in same: torch.testing.assert_close(x, ddim)
 
 
 # ---- the range of the training
@@ -116,9 +108,9 @@ def test_a_step_is_told_what_it_asks_for_and_nothing_else():
 def test_what_a_network_knows_is_honoured_whatever_wraps_it():
     net = network_denoiser(refuse, "eps", within=(-5., 5.))
     for denoiser in (net, Counted(Counted(net))):
-        for schedule in (SCHEDULES["ve"](-5.1, 5), SCHEDULES["ve"](-5, 5.1)):
+        for ends in (-5.1, 5), (-5, 5.1):
             with pytest.raises(ValueError, match="leaves the range of the training, -5 to 5"):
-                sampling(denoiser, (3, 2), 4, schedule)
+                sampling(denoiser, (3, 2), 4, SCHEDULES["ve"](*ends))
         sampling(denoiser, (3, 2), 4, SCHEDULES["ve"](-5, 5))
     assert type(checked_schedule("ve", Counted(exact))) is SCHEDULES["ve"]
 
@@ -138,7 +130,7 @@ def test_the_advice_for_a_range_out_of_reach_is_one_that_works(within, schedule)
                          if k[0] != "_" and k not in ("logsnr_min", "logsnr_max", "scales")}
     assert type(advised) is type(schedule) and options(advised) == options(schedule)
     assert advised.logsnr_max == min(within[1], schedule.logsnr_max)
-    with pytest.raises(ValueError, match="cannot be cut to that range. Choose another."): asked((-5, 5), "ddpm")
+    with pytest.raises(ValueError, match="cannot be cut to that range"): asked((-5, 5), "ddpm")
 
 
 # ---- ranges without end, and 16 bits
@@ -153,7 +145,7 @@ def test_a_range_without_end_is_sampled_or_refused_before_any_work(sampler, ends
         denoiser = Counted(network_denoiser(MLP(2, 8), target))
         try: states = sampling(denoiser, (3, 2), 5, s, sampler)
         except ValueError as e:
-            assert re.match("logsnr_m(in|ax) must be finite", str(e)) and len(str(e)) <= 300
+            assert re.match("logsnr_m(in|ax) must be finite", str(e))
             assert target not in ("v", "F") or sampler not in ("ancestral", "ddim", "heun", "dpmpp_2m")
         else:
             assert denoiser.evaluations == 0
@@ -164,7 +156,8 @@ def test_a_range_without_end_is_sampled_or_refused_before_any_work(sampler, ends
 @every
 def test_16_bits_are_sampled_in_float32(sampler):
     "with levels that 16 bits do not tell apart; only what comes out is rounded"
-    how = dict(schedule=SCHEDULES["cosine"](-7, 7), sampler=sampler, steps=20 if sampler == "adaptive" else 300)
+    steps = 20 if sampler == "adaptive" else 300
+    how = dict(schedule=SCHEDULES["cosine"](-7, 7), sampler=sampler, steps=steps)
     exactly = states(dtype=torch.float32, **how)
     for dtype in (torch.bfloat16, torch.float16):
         for (*_, a), (*_, b) in zip(states(dtype=dtype, **how), exactly):
@@ -185,16 +178,16 @@ def test_a_stack_gives_what_each_network_gives_alone(sampler):
     torch.testing.assert_close(together, torch.stack(alone), rtol=near, atol=near)
     assert len(together.flatten().unique()) == 30 and not together.requires_grad
     assert told == [(i, 8) for i in range(1, 9)]
-    for wrong, says in (dict(targets=["x"]), "targets, not 1"), (dict(seeds=[1, 2]), "seeds, not 2"):
-        with pytest.raises(ValueError, match=f"3 networks need as many {says}"):
+    for wrong in dict(targets=["x"]), dict(seeds=[1, 2]):
+        with pytest.raises(ValueError, match=f"3 networks need as many {[*wrong][0]}"):
             sample_stack(StackedMLP(nets), **dict(targets=targets, n=3) | wrong)
 
 
 # ---- what goes wrong
 
 @pytest.mark.parametrize("choice, message", [
-    *((dict(sampler=bad), "unknown sampler") for bad in ("DDIM", ["ddim"])), (dict(seed=2**32), "seed must"),
-    (dict(schedule="cosin"), "unknown schedule 'cosin'. Did you mean 'cosine'?"),
+    *((dict(sampler=bad), "unknown sampler") for bad in ("DDIM", ["ddim"])),
+    (dict(schedule="cosin"), "unknown schedule"), (dict(seed=2**32), "seed must"),
     *(({name: 0}, f"{name} must") for name in ("n", "steps", "chunk", "dim"))])
 def test_bad_choices_come_before_any_work(choice, message):
     with pytest.raises((ValueError, TypeError), match=re.escape(message)): sample(refuse, **dict(n=6) | choice)

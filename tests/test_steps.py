@@ -140,7 +140,6 @@ def test_churn_never_more_than_doubles_the_variance_and_stays_inside_its_range()
 
 @every
 def test_a_network_is_never_asked_outside_its_training(sampler):
-    "the sampling range is refused if it leaves the training's; then no step may leave it either"
     seen = []
     def denoiser(z, l): seen.append(l.logsnr.item()); return exact(z, l)
     denoiser.within = (-7., 7.)
@@ -153,12 +152,10 @@ def test_a_network_is_never_asked_outside_its_training(sampler):
 @few
 @given(st.floats(-6, 6), st.floats(.05, 2), st.floats(.05, 4))
 def test_a_line_through_two_guesses_is_followed_as_far_as_it_can_be_trusted(l, last, ratio):
-    "up to a step twice the last one; beyond it, in a first step and in one of no length it is DDIM's"
+    "up to a step twice the last one; beyond it, and in a first step, it is DDIM's"
     r, t, s, z = level(l - last), level(l), level(l + ratio * last), randn(4, 2)
     before, ddim = (r, exact(randn(4, 2, seed=2), r)), ddim_step(exact, z, s, t)
     numbers(dpmpp_2m_step(exact, z, s, t), ddim)
-    for end in (s, t):
-        numbers(dpmpp_2m_step(exact, z, end, t, before=(t, exact(z + 1, t))), ddim_step(exact, z, end, t))
     more = s.alpha * -torch.expm1((t.logsnr - s.logsnr) / 2) * ratio / 2 * (exact(z, t)[0] - before[1][0])
     if abs(ratio - 2) > 1e-4:
         found = dpmpp_2m_step(exact, z, s, t, before=before) - ddim
@@ -189,8 +186,7 @@ def test_what_is_no_guess_is_refused(sampler, denoiser):
 
 def test_an_adaptive_solver_that_cannot_converge_says_where_and_what_to_do():
     "but an assertion of the network says what is wrong with the network"
-    says = r"did not converge at logsnr -?[0-6]\.\d.*rtol and atol.*max_steps.*\(3\).*fixed steps"
-    with pytest.raises(RuntimeError, match=says):
+    with pytest.raises(RuntimeError, match=r"did not converge at logsnr -?[0-6]\.\d.*max_steps.*\(3\)"):
         states(steps=1, schedule=SCHEDULES["ve"](-6, 6), sampler=partial(adaptive_step, max_steps=3))
     with pytest.raises(AssertionError, match="work before"): states(refuse, steps=1, sampler="adaptive")
     for name in ("rtol", "atol", "max_steps"):
