@@ -24,19 +24,11 @@ def vp(logsnr): return [torch.tensor(s * logsnr, dtype=f64).sigmoid().sqrt() for
 
 # ---- at any noise level
 
-@few
-@given(st.sampled_from(METHODS), st.integers(0, 9), st.floats(-60, 60), st.sampled_from([1, 7, 10**9]))
-def test_every_form_of_a_scale_gives_the_same(method, n, logsnr, block):
-    "also where n is the number of dimensions; blocks of rows leave no seam"
-    cut, z, scales = GaussianMixture(*PARTS), 2 * THREE.sample(n, dtype=f64), vp(logsnr)
-    cut.block = block
-    f, expected = getattr(cut, method), getattr(THREE, method)(z, *(a.item() for a in scales))
-    assert expected.shape == ((n, 2) if method in ('denoise', 'score') else (n,))
-    for shape in ((), (1,), (n,), (n, 1)):
-        close(f(z, *(a.expand(shape) for a in scales)), expected, rtol=1e-12, atol=1e-12)
-    u = torch.linspace(.01, .99, n, dtype=f64)
-    rows = [f(a[None], b.item(), 1 - b.item()) for a, b in zip(z, u)]
-    if n: close(f(z, u, 1 - u[:, None]), torch.cat(rows), rtol=1e-12, atol=1e-12)
+@each_method
+def test_blocks_of_rows_leave_no_seam(method):
+    cut, z, u = GaussianMixture(*PARTS), 2 * THREE.sample(9, dtype=f64), torch.linspace(.01, .99, 9).double()
+    cut.block = 7
+    close(getattr(cut, method)(z, u, 1 - u[:, None]), getattr(THREE, method)(z, u, 1 - u), rtol=1e-12, atol=0)
 
 
 @few
@@ -47,7 +39,6 @@ def test_finite_and_bounded_everywhere(name, logsnr, log10_far):
     assert all(getattr(d, method)(z, *scales).isfinite().all() for method in METHODS)
     v = d.posterior_variance(z, *scales)
     assert (v >= 0).all() and (v <= d.means.abs().max()**2 * 4 + 1).all()
-    close(d.denoise(z, 1., 0.), z)   # without noise the data are known exactly
 
 
 @few

@@ -16,7 +16,6 @@ from diffusers.training_utils import compute_snr  # noqa: E402
 from lfdm.core import from_spec, seeded  # noqa: E402
 from lfdm.discrete import DDPMSchedule  # noqa: E402
 from lfdm.interop import (  # noqa: E402
-    BETA_SCHEDULES,
     PREDICTIONS,
     SCHEDULERS,
     BetasSchedule,
@@ -76,21 +75,7 @@ def test_any_betas_are_theirs_there_and_back(b, prediction, seed):
     assert (off <= 1e-5 + 1e-6 * T * (1 + snr)).all()   # 1 - ᾱ in float32
 
 
-@few
-@given(st.sampled_from(sorted(BETA_SCHEDULES)), st.integers(1, 300),
-       st.floats(1e-5, 1e-3), st.floats(2e-3, 0.05))
-def test_a_name_goes_there_and_back(name, T, low, high):
-    ends = {} if name == "squaredcos_cap_v2" else dict(beta_start=low, beta_end=high)
-    scheduler = DDPM(num_train_timesteps=T, beta_schedule=name, **ends)
-    schedule, target = from_diffusers(scheduler)
-    assert type(schedule) is DDPMSchedule and schedule.beta == BETA_SCHEDULES[name]
-    close(schedule.betas.float(), scheduler.betas, rtol=1e-6, atol=0)
-    again = to_diffusers(schedule, target)
-    assert (again.config.beta_schedule, len(again)) == (name, T)
-    close(again.alphas_cumprod, scheduler.alphas_cumprod)
-
-
-@pytest.mark.parametrize("text, T", [("cosine", 1), ("linear", 50), ("discrete(T=50)", 50), ("ddpm(T=50)", 50)])
+@pytest.mark.parametrize("text, T", [("cosine", 1), ("linear", 50), ("ddpm(T=50)", 50)])
 def test_a_schedule_is_seen_at_i_over_T(text, T):
     scheduler, alpha = to_diffusers(text, "v", T=T), schedule_of(text).alpha(times(T))
     assert len(scheduler) == T and scheduler.config.timestep_spacing == "trailing"
@@ -122,11 +107,6 @@ def test_betas_without_a_name_and_levels_without_betas():
     scheduler.alphas_cumprod = (1 - scheduler.betas).cumprod(0)
     schedule, _ = from_diffusers(scheduler)
     assert type(schedule) is BetasSchedule and equal(schedule.betas.float(), scheduler.betas)
-
-    class Constant(DDPMSchedule):
-        @property
-        def betas(self): return torch.full((self.T,), 0.1, dtype=f64)
-    close(to_diffusers(Constant(T=20)).betas, torch.full((20,), 0.1))
 
 
 def test_flow_matching_is_the_straight_line():
@@ -169,26 +149,12 @@ def test_the_nearest_level_between_two_and_1000u_without_a_chain():
         close(told, torch.tensor([100., 500, 900]) + more)
 
 
-def test_a_network_goes_there_and_back_and_learns():
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4,
-        layers_per_block=1, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
-    schedule = DDPMSchedule(T=100, beta_max=0.1)
-    x, net = torch.randn(8, 1, 8, 8, generator=seeded(0)), as_network(unet, schedule)
-    DiffusionLoss(schedule, "v", "min_snr")(net, x, generator=seeded(0)).mean().backward()
-    assert all(p.grad is not None for p in unet.parameters())
-    back = as_unet(net, schedule, (1, 8, 8))
-    assert equal(back(x, 7).sample, unet(x, 7).sample)
-    assert equal(back(x, torch.tensor(7.), return_dict=False)[0], back(x, 7).sample)
-
-
 def test_sixteen_bits_keep_a_thousand_timesteps_apart(dtype=torch.float16):
     class Heard(torch.nn.Module):
         def forward(self, sample, timestep): self.timestep = timestep; return SimpleNamespace(sample=sample)
     heard = Heard()
     net = as_unet(as_network(heard, "ddpm"), "ddpm", (1,))
-    assert net(torch.zeros(1000, 1, dtype=dtype), torch.arange(1000)).sample.dtype == dtype
+    assert net(torch.zeros(1000, 1, dtype=dtype), torch.arange(1000), return_dict=False)[0].dtype == dtype
     assert equal(heard.timestep, torch.arange(1000))
     seen = []
     plain = as_unet(lambda z, u: seen.append(u.dtype) or z, "ddpm", (1,))   # others see their data's dtype

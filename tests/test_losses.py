@@ -57,20 +57,6 @@ def test_the_loss_is_its_factor_on_the_noise_error_times_the_noise_error(schedul
         truth = loss.target.encode(x, eps, alpha, sigma)
         for factor, error in ((loss.eps_factor, eps - eps_hat), (loss.factor, truth - said[0])):
             close(got, factor(t) * error.square().flatten(1).mean(1), rtol=tolerance, atol=0)
-        close(loss(net, x[1:2], t[1:2], eps[1:2]), got[1:2], rtol=tolerance, atol=0)   # by itself
-
-
-@every
-def test_training_from_random_times_is_finite_even_uncut(schedule):
-    "sampled times reach neither end"
-    ends = (-math.inf, math.inf) if schedule in ('cosine', 'rectified_flow', 'shifted_cosine') else ()
-    x = torch.randn(300, 2, generator=seeded(1))
-    for pair in pairs(schedule):
-        theta = torch.zeros(2, requires_grad=True)
-        loss = DiffusionLoss(SCHEDULES[schedule](*ends), *pair)
-        value = loss(lambda z, u, theta=theta: z * theta, x, generator=seeded(0))
-        value.mean().backward()
-        assert (value >= 0).all() and (value.sum() + theta.grad.sum()).isfinite(), pair
 
 
 @pytest.mark.parametrize('weighting', WEIGHTINGS)
@@ -119,7 +105,7 @@ def test_a_network_that_asks_for_fine_times_gets_them():
 
 
 HALVES = torch.float16, torch.bfloat16
-RANGES = (-80, 80), (-170, 5), (-5, 100), (-5, 300), (-700, 700)
+RANGES = (-80, 80), (-170, 5), (-5, 100), (-5, 300), (-700, 700), (-math.inf, math.inf)
 
 
 @every
@@ -153,7 +139,7 @@ def test_data_and_network_of_two_precisions_work_or_say_so():
 @every
 @torch.no_grad()
 def test_a_range_of_levels_is_refused_or_finite(schedule):
-    "float32 has no σ² below λ = -88 and no σ below -177: a network would see zeros, or nan"
+    "float32 has no σ² below λ = -88 and no σ below -177; sampled times reach neither end"
     x, seen, made = torch.randn(99, 2, generator=seeded(1)), {}, set()
     def net(z, u): seen.update(z=z); return 0 * z
     for ends, pair in itertools.product(RANGES, pairs(schedule)):
@@ -164,6 +150,7 @@ def test_a_range_of_levels_is_refused_or_finite(schedule):
         made.add(ends[0])
         assert loss(net, x, generator=seeded(0)).isfinite().all() and (seen['z'].abs().amax(1) > 1e-3).all()
     if schedule == 've': assert made == {-80, -170, -5}
+    if schedule == 'cosine': assert -math.inf in made
 
 
 # ---- what the network, t, eps and x must be

@@ -119,20 +119,6 @@ def test_values_and_gradients_for_an_affine_network_by_hand(schedule, shape):
         close(*learned, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize('objective', ALL, ids=str)
-def test_a_loss_is_pure_and_examples_do_not_see_each_other(objective, shape=(2, 3, 2, 2)):
-    "gradients or not, the value is the same"
-    x, loss, net = randn(*shape, seed=1), ScoreMatchingLoss(objective, 'cosine', 'nelbo'), Smooth(shape)
-    copy, other, before = x.clone(), x.clone(), torch.get_rng_state()
-    other[1:] += 1
-    whole, changed = (loss(net, v, times(len(x)), x, generator(8)) for v in (x, other))
-    close(whole[:1], changed[:1], rtol=1e-10, atol=0)
-    with torch.no_grad(): value = loss(net, x, times(len(x)), x, generator(8))
-    assert (whole[1:] != changed[1:]).all() and not value.requires_grad
-    close(value, whole.detach(), rtol=1e-9, atol=0)
-    assert torch.equal(x, copy) and not x.requires_grad and torch.equal(before, torch.get_rng_state())
-
-
 def test_sixteen_bits_cost_the_rounding_of_the_network_only(dtype=torch.bfloat16):
     x, near = randn(64, 2).to(dtype), 4 * torch.finfo(dtype).eps
     for objective in ALL:

@@ -74,17 +74,6 @@ def test_a_falling_weight_is_a_mean_of_elbos(c, d):
     assert weighted_elbo.over_augmentation(w, e) == pytest.approx(over_slopes(w, e), rel=1e-4, abs=1e-6)
 
 
-@some
-@given(numbers(-3, 3), numbers(0, 5))
-def test_what_counts_against_is_nothing_only_if_w_falls(c, d):
-    e, w = pieces(d), lambda k: sum(a * torch.cos(i * k / 3 + i) for i, a in enumerate(c))   # not monotonic
-    plus, minus = weighted_elbo.elbo_shares(w, e)
-    within = 1e-4 * (1 + sum(map(abs, c)) * sum(d))
-    assert minus >= 0 and plus - minus == pytest.approx(over_elbos(w, e), rel=1e-4, abs=within)
-    rises = (weight(w, e.logsnr).diff() > 0) & (e.loss[1:] + e.loss[:-1] > 0)
-    assert (minus == 0) == (not rises.any())
-
-
 def test_levels_are_drawn_from_the_augmentation(n=4000):
     w = falling([1., .1, 2.])
     k = weighted_elbo.draw_levels(w, n, LOW, HIGH, generator())

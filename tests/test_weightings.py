@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from scipy.integrate import simpson
 
 from lfdm.core import from_spec
-from lfdm.schedules import CONTINUOUS, SCHEDULES
+from lfdm.schedules import SCHEDULES
 from lfdm.targets import TARGETS
 from lfdm.weightings import EDM, WEIGHTINGS, EpsFactor, LogSNRWeighting, implied_w, rising_intervals
 
@@ -102,7 +102,6 @@ def test_edm_monotonic_is_edm_right_of_its_peak_and_never_rises_or_is_refused(me
 
 
 @pytest.mark.parametrize('triple, want', [
-    ('cosine x edm_monotonic', []),
     ('ddpm v weighted', []),                      # it rises inside cells only
     ('cosine eps weighted', [(-12.9, 0)]),        # sech(λ/2)
     ('cosine score weighted', [(-12.9, 12.9)]),   # (1 + e^λ) sech(λ/2)
@@ -110,16 +109,6 @@ def test_edm_monotonic_is_edm_right_of_its_peak_and_never_rises_or_is_refused(me
 def test_rising_against_what_is_known(triple, want):
     got = torch.tensor(rising_intervals(*triple.split()), dtype=f64)
     close(got, torch.tensor(want, dtype=f64), rtol=0, atol=0.01)
-
-
-@pytest.mark.parametrize('schedule', [s for s in SCHEDULES if s != 'adaptive'])
-def test_a_bound_weight_implies_what_its_triple_implies(schedule):
-    "on its own schedule, chains included; and on any other"
-    k = levels(SCHEDULES[schedule](), 11)[1:-1]
-    for y, w in pairs(schedule):
-        own, bound = implied_w(k, schedule, y, w), WEIGHTINGS['implied'](schedule, y, w)
-        close(implied_w(k, schedule, 'eps', bound), own, rtol=1e-10, atol=0)
-        if schedule in CONTINUOUS: close(implied_w(k, 'cosine', 'x', bound), own, rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize('last', [12.9, math.inf])
