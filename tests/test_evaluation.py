@@ -152,5 +152,5 @@ def test_a_judgement_tells_data_from_no_data():
 def test_too_few_points_for_an_integral_are_refused():
     with pytest.raises(ValueError, match='points must be from 201'):
         floor(DiffusionLoss(), CLUSTER, points=200)
-    few, many = (floor(DiffusionLoss(), CLUSTER, points=points) for points in (201, 8001))
-    assert few == pytest.approx(many, rel=1e-3)
+    loss = DiffusionLoss()
+    assert floor(loss, CLUSTER, points=201) == pytest.approx(floor(loss, CLUSTER), rel=1e-3)

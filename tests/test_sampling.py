@@ -148,7 +148,7 @@ def test_a_range_without_end_is_sampled_or_refused_before_any_work(sampler, ends
 
 @every
 def test_16_bits_are_sampled_in_float32(sampler):
-    "with levels that 16 bits do not tell apart; only what comes out is rounded"
+    "with levels that 16 bits do not tell apart"
     steps = 20 if sampler == "adaptive" else 300
     how = dict(schedule=SCHEDULES["cosine"](-7, 7), sampler=sampler, steps=steps)
     exactly = states(dtype=torch.float32, **how)

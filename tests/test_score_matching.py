@@ -146,7 +146,6 @@ def test_only_the_listed_levels_are_visited_and_all_alike(schedule, u, v):
         loss(lambda z, u, seen=seen: seen.append(u) or z, randn(200, 2, dtype=dtype), generator=generator(1))
         gap = (network_logsnr(seen[0].double())[:, None] - loss.levels).abs()
         assert gap.min(1).values.max() < near and ((gap < near).double().mean(0) - 1 / len(gap.T)).max() < .15
-        assert repr(loss) == f'ScoreMatchingLoss(Denoising(), {s}, {loss.weighting}, {loss.levels.tolist()})'
 
 
 def test_given_times_win_over_levels():
@@ -176,11 +175,11 @@ def test_levels_and_networks_that_do_not_fit_are_named():
 # ---- the scaled network
 
 def test_a_scaled_score_is_over_sigma_at_every_level():
-    "λ from -80 to 80, as far as a run may go; σ of unit scale, whatever the schedule"
-    for dtype, near, shape in (f32, 1e-5, (3,)), (f64, 1e-11, (2, 4, 4)):
-        logsnr, z = torch.linspace(-80, 80, 41, dtype=dtype), randn(41, *shape, dtype=dtype)
+    "λ from -80 to 80, as far as a run may go; σ of unit scale"
+    for dtype, near in PRECISIONS:
+        logsnr, z = torch.linspace(-80, 80, 41, dtype=dtype), randn(41, 2, 4, dtype=dtype)
         scaled = score_matching.ScaledScore(lambda z, u: z)
         got, sigma = scaled(z, network_time(logsnr)), column(torch.sigmoid(-logsnr.double()).sqrt(), z)
         assert got.dtype == dtype and got.isfinite().all()
-        close(got.double(), z.double() / sigma, rtol=near, atol=0)
+        close(got.double(), z.double() / sigma, rtol=near / 1000, atol=0)
         assert torch.equal(scaled(z, torch.ones(41, dtype=dtype)), z)   # pure noise: σ = 1

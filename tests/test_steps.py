@@ -180,9 +180,6 @@ def test_an_adaptive_solver_that_cannot_converge_says_where_and_what_to_do():
     with pytest.raises(RuntimeError, match=r"did not converge at logsnr -?[0-6]\.\d.*max_steps.*\(3\)"):
         states(steps=1, schedule=SCHEDULES["ve"](-6, 6), sampler=partial(adaptive_step, max_steps=3))
     with pytest.raises(AssertionError, match="work before"): states(refuse, steps=1, sampler="adaptive")
-    for name in ("rtol", "atol", "max_steps"):
-        with pytest.raises(ValueError, match=f"{name} must"):
-            states(refuse, steps=1, sampler=partial(adaptive_step, **{name: 0}))
 
 
 def test_solve_knows_what_it_cannot_miss():
@@ -193,5 +190,4 @@ def test_solve_knows_what_it_cannot_miss():
     numbers(grown, math.e * z, rtol=1e-7, atol=0)
     numbers(solve(growth, grown, phi + 1, phi, 1e-9, 1e-9), z, rtol=1e-7, atol=0)   # backwards
     assert min(seen) >= .3 - 1e-12 and max(seen) <= 1.3 + 1e-12                     # never beyond an end
-    l = at_angle(phi)
-    numbers(torch.stack([l.angle, 2 * (l.alpha / l.sigma).log()]), torch.stack([phi, l.logsnr]))
+    numbers(at_angle(phi).angle, phi)
