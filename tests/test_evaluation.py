@@ -8,9 +8,9 @@ from hypothesis import given, settings, strategies as st
 from scipy.integrate import simpson
 
 from lfdm.data import DATASETS, GaussianMixture
-from lfdm.evaluation import DISTANCES, floor, judge, noise_floor, sliced_wasserstein, unit_vectors
+from lfdm.evaluation import DISTANCES, floor, judge, noise_floor, sliced_wasserstein
 from lfdm.losses import DiffusionLoss
-from lfdm.schedules import SCHEDULES, CosineSchedule, VESchedule, network_logsnr
+from lfdm.schedules import SCHEDULES, CosineSchedule, VESchedule
 from lfdm.targets import TARGETS
 from lfdm.weightings import WEIGHTINGS, LogSNRWeighting
 
@@ -25,7 +25,7 @@ def softplus(l): return max(l, 0.) + math.log1p(math.exp(-abs(l)))
 
 # ---- floors
 
-@pytest.mark.parametrize('low, high', [(-12., 100.), (-170., 170.), (85., 95.), (-100., 5.), (.3, .4)])
+@pytest.mark.parametrize('low, high', [(-170., 170.), (85., 95.), (.3, .4)])
 def test_the_nelbo_floor_of_a_gaussian(low, high):
     "log((1 + e^λmax)/(1 + e^λmin)), to the ends of a wide range"
     loss = DiffusionLoss(VESchedule(low, high), 'eps', 'nelbo')
@@ -37,7 +37,7 @@ def test_every_floor_of_a_gaussian_against_the_integral_over_times(schedule):
     "E_t[factor · error of the best linear prediction], the errors by hand; a mean over levels if discrete"
     s = SCHEDULES[schedule]()
     if s.steps: t = torch.arange(1, s.steps + 1, dtype=f64) / s.steps
-    else: t = s.t(torch.linspace(s.logsnr_max, s.logsnr_min, 20_001, dtype=f64))
+    else: t = s.t(torch.linspace(s.logsnr_max, s.logsnr_min, 5001, dtype=f64))
     level = s.level(t)
     best = level.logsnr.sigmoid()       # E(ε - E[ε|z])²
     for target, weighting in itertools.product(TARGETS, WEIGHTINGS):
@@ -46,21 +46,6 @@ def test_every_floor_of_a_gaussian_against_the_integral_over_times(schedule):
         integrand = loss.factor(t) * best / loss.target.eps_ratio(level.alpha, level.sigma)
         value = integrand.mean() if s.steps else simpson(integrand.numpy(), x=t.numpy())
         assert abs(floor(loss, ONE) / value - 1) < 1e-4, (target, weighting)
-
-
-@pytest.mark.parametrize('target', TARGETS)
-def test_the_loss_of_the_best_network_is_the_floor(target):
-    "by Monte Carlo through the loss itself, with the data's exact denoiser, and not variance preserving"
-    loss = DiffusionLoss(VESchedule(-3, 4), target, 'min_snr')
-    def best(z, u):
-        alpha, sigma = (q[:, None] for q in loss.schedule.scales(network_logsnr(u)))
-        z = z * (alpha**2 + sigma**2).sqrt()
-        x_hat = CLUSTER.denoise(z, alpha, sigma)
-        return loss.target.encode(x_hat, (z - alpha * x_hat) / sigma, alpha, sigma)
-    torch.manual_seed(0)
-    found = loss(best, CLUSTER.sample(40_000, dtype=f64))
-    se = found.std() / len(found)**.5
-    assert abs(found.mean() - floor(loss, CLUSTER)) < 4 * se < .05 * found.mean()
 
 
 UNCUT = CosineSchedule(-math.inf, math.inf)
@@ -88,7 +73,7 @@ def test_what_a_schedule_has_learned_does_not_move_the_floor():
 # ---- distances
 
 every = pytest.mark.parametrize('d', DISTANCES.values(), ids=DISTANCES)
-few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+few = settings(max_examples=15, deadline=None, derandomize=True, database=None)
 sizes = st.tuples(st.integers(2, 40), st.integers(2, 40), st.integers(1, 4), st.integers(0, 10**6))
 
 
@@ -116,27 +101,23 @@ def test_what_a_distance_has_to_be(d, size):
 @few
 @given(sizes)
 def test_sliced_wasserstein_in_one_dimension_is_wasserstein(size):
-    "at equal sizes W2 is the distance of the sorted samples; copies change nothing"
+    "copied to equal sizes, it is the distance of the sorted samples"
     n, m, _, seed = size
     x, y = two_sets(n, m, 1, seed)
-    other, found = two_sets(n, n, 1, seed)[1], sliced_wasserstein(x, y)
-    gap = x.sort(0).values - other.sort(0).values
-    assert math.isclose(sliced_wasserstein(x, other), gap.square().mean().sqrt(), rel_tol=1e-12)
-    assert math.isclose(sliced_wasserstein(x.repeat(m, 1), y.repeat(n, 1)), found, rel_tol=1e-9)
+    gap = x.repeat(m, 1).sort(0).values - y.repeat(n, 1).sort(0).values
+    assert math.isclose(sliced_wasserstein(x, y), gap.square().mean().sqrt(), rel_tol=1e-9)
 
 
-@pytest.mark.parametrize('dim', [1, 2, 3, 8])
+@pytest.mark.parametrize('dim', [1, 8])
 def test_a_shift_costs_its_length_over_the_root_of_the_dimension(dim):
-    x, shift = two_sets(200, 200, dim, 0)[0], 2 * torch.eye(dim, dtype=f64)[0]
-    assert abs(sliced_wasserstein(x, x + shift, 4096) - 2 / dim**0.5) < (1e-9 if dim <= 2 else 0.06)
-    torch.testing.assert_close(unit_vectors(dim, 64).norm(dim=1), torch.ones(64, dtype=f64))
+    x, shift = two_sets(50, 50, dim, 0)[0], 2 * torch.eye(dim, dtype=f64)[0]
+    assert abs(sliced_wasserstein(x, x + shift, 4096) - 2 / dim**0.5) < (1e-9 if dim == 1 else 0.06)
 
 
 @every
-@pytest.mark.parametrize('x, y', [((5, 2), (5, 1)), ((5,), (5,)), ((5, 3, 4), (5, 3, 4)), ((5, 2), (2,)),
-                                  ((0, 2), (5, 2))], ids=str)
+@pytest.mark.parametrize('x, y', [((5, 2), (5, 1)), ((5,), (5,)), ((5, 3, 4), (5, 3, 4)), ((0, 2), (5, 2))])
 def test_sets_that_cannot_be_compared_are_refused(d, x, y):
-    "(n, 2) against (m, 1) would broadcast to a number; one point has no covariance, nan no distance"
+    "(n, 2) against (m, 1) would broadcast to a number"
     for a, b in itertools.permutations((x, y)):
         with pytest.raises(ValueError, match='samples'): d(torch.ones(a), torch.ones(b))
     with pytest.raises(ValueError, match='y must be finite'): d(torch.ones(5, 2), torch.ones(5, 2) / 0)
@@ -154,25 +135,22 @@ def test_noise_floors_are_reproducible_and_shrink(d):
     assert torch.equal(before, torch.get_rng_state())
     big, uneven = noise(1800)[0], noise(200, 1800)[0]
     assert 1.8 < mean / big < 5 and big < uneven < mean   # 1/√n: 3
-    for bad in dict(n=0), dict(n=9, m=2.5), dict(n=9, repeats=1):
-        with pytest.raises(ValueError, match=[*bad][-1]): noise_floor(d, CLUSTER, **bad)
+    with pytest.raises(ValueError, match='repeats'): noise_floor(d, CLUSTER, 9, repeats=1)
 
 
 def test_a_judgement_tells_data_from_no_data():
     samples = CLUSTER.sample(800, seed=7)
     good, bad = judge(samples, CLUSTER), judge(samples * 1.3 + 0.3, CLUSTER)
-    assert good.keys() == bad.keys() == DISTANCES.keys()
     for name, d in DISTANCES.items():
         noise, sd = noise_floor(d, CLUSTER, 800)
         for report in (good, bad): assert (report[name]['noise'], report[name]['noise_sd']) == (noise, sd)
         assert good[name]['value'] < noise + 4 * sd and bad[name]['value'] > noise + 6 * sd
-    for wrong in (samples / 0, samples[:1], samples[:, :1], samples[None]):
+    for wrong in (samples / 0, samples[:1], samples[:, :1]):
         with pytest.raises(ValueError, match='samples must'): judge(wrong, CLUSTER)
 
 
 def test_too_few_points_for_an_integral_are_refused():
-    for points in (1, 2, 200):
-        with pytest.raises(ValueError, match='points must be from 201'):
-            floor(DiffusionLoss(), CLUSTER, points=points)
-    few, many = (floor(DiffusionLoss(), CLUSTER, points=points) for points in (201, 8001))
-    assert few == pytest.approx(many, rel=1e-3)
+    with pytest.raises(ValueError, match='points must be from 201'):
+        floor(DiffusionLoss(), CLUSTER, points=200)
+    loss = DiffusionLoss()
+    assert floor(loss, CLUSTER, points=201) == pytest.approx(floor(loss, CLUSTER), rel=1e-3)

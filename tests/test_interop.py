@@ -16,7 +16,6 @@ from diffusers.training_utils import compute_snr  # noqa: E402
 from lfdm.core import from_spec, seeded  # noqa: E402
 from lfdm.discrete import DDPMSchedule  # noqa: E402
 from lfdm.interop import (  # noqa: E402
-    BETA_SCHEDULES,
     PREDICTIONS,
     SCHEDULERS,
     BetasSchedule,
@@ -25,7 +24,7 @@ from lfdm.interop import (  # noqa: E402
     from_diffusers,
     to_diffusers,
 )
-from lfdm.losses import DiffusionLoss, predict  # noqa: E402
+from lfdm.losses import DiffusionLoss  # noqa: E402
 from lfdm.schedules import SCHEDULES, network_time  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(
@@ -33,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*:FutureWarning", "ignore:the chain of T:UserWarning")
 f32, f64 = torch.float32, torch.float64
 equal, close = torch.equal, torch.testing.assert_close
-few = settings(max_examples=20, deadline=None, derandomize=True, database=None)
+few = settings(max_examples=12, deadline=None, derandomize=True, database=None)
 predictions = st.sampled_from(sorted(PREDICTIONS))
 seeds = st.integers(0, 10**6)
 betas = st.lists(st.floats(1e-4, 0.9), min_size=1, max_size=40).filter(
@@ -55,7 +54,7 @@ def chain(b, prediction="epsilon"):
 @few
 @given(betas, predictions, seeds)
 def test_any_betas_are_theirs_there_and_back(b, prediction, seed):
-    "The other witnesses: the product, in float64, of the β that diffusers keeps; and diffusers itself."
+    "Witnesses: the product, in float64, of the β that diffusers keeps; and diffusers itself."
     scheduler, g, T = chain(b, prediction), seeded(seed), len(b)
     schedule, target = from_diffusers(scheduler)
     alpha_bar = (1 - torch.tensor(b, dtype=f32).double()).cumprod(0)
@@ -66,7 +65,6 @@ def test_any_betas_are_theirs_there_and_back(b, prediction, seed):
     back, target = from_diffusers(to_diffusers(own, PREDICTIONS[prediction]))
     close(back._levels, own._levels, rtol=1e-5, atol=1e-5)
     assert target.name == PREDICTIONS[prediction]
-
     k = torch.randint(T, (6,), generator=g)
     x, eps = torch.randn(2, 6, 3, generator=g)
     z, v, level = DiffusionLoss(schedule, "v").noisy(x, (k + 1).double() / T, eps)
@@ -77,28 +75,10 @@ def test_any_betas_are_theirs_there_and_back(b, prediction, seed):
     assert (off <= 1e-5 + 1e-6 * T * (1 + snr)).all()   # 1 - ᾱ in float32
 
 
-@few
-@given(st.sampled_from(sorted(BETA_SCHEDULES)), st.integers(1, 300),
-       st.floats(1e-5, 1e-3), st.floats(2e-3, 0.05))
-def test_a_name_goes_there_and_back(name, T, low, high):
-    ends = {} if name == "squaredcos_cap_v2" else dict(beta_start=low, beta_end=high)
-    scheduler = DDPM(num_train_timesteps=T, beta_schedule=name, **ends)
-    schedule, target = from_diffusers(scheduler)
-    assert type(schedule) is DDPMSchedule and schedule.beta == BETA_SCHEDULES[name]
-    close(schedule.betas.float(), scheduler.betas, rtol=1e-6, atol=0)
-    again = to_diffusers(schedule, target)
-    assert (again.config.beta_schedule, len(again)) == (name, T)
-    close(again.alphas_cumprod, scheduler.alphas_cumprod)
-    assert equal(from_diffusers(again)[0]._levels, schedule._levels)
-
-
-@pytest.mark.parametrize("T", [1, 2, 50])
-@pytest.mark.parametrize("text", ["cosine", "shifted_cosine", "linear", "discrete(T=50)", "ddpm(T=50)"])
+@pytest.mark.parametrize("text, T", [("cosine", 1), ("linear", 50), ("ddpm(T=50)", 50)])
 def test_a_schedule_is_seen_at_i_over_T(text, T):
-    T = 50 if "T=50" in text else T
     scheduler, alpha = to_diffusers(text, "v", T=T), schedule_of(text).alpha(times(T))
-    assert len(scheduler) == T and scheduler.config.prediction_type == "v_prediction"
-    assert not scheduler.config.clip_sample and scheduler.config.timestep_spacing == "trailing"
+    assert len(scheduler) == T and scheduler.config.timestep_spacing == "trailing"
     left = (alpha**2 / torch.cat([torch.ones(1), alpha[:-1]**2])).min().item()   # 1 - β, kept to 6e-8
     close(scheduler.alphas_cumprod.double(), alpha**2, rtol=1e-4 + 1e-7 / left, atol=0)
     back, _ = from_diffusers(scheduler, logsnr_max=30)
@@ -110,7 +90,7 @@ def test_a_schedule_is_seen_at_i_over_T(text, T):
 def test_every_kind_has_the_same_levels(text, kind):
     cls, plain = getattr(diffusers, kind), to_diffusers(text, "v")
     scheduler = to_diffusers(text, "v", kind=kind)
-    assert type(scheduler) is type(to_diffusers(text, "v", kind=cls)) is cls
+    assert type(scheduler) is cls
     close(scheduler.alphas_cumprod, plain.alphas_cumprod)
     (schedule, target), (expected, _) = from_diffusers(scheduler), from_diffusers(plain)
     assert target.name == "v" and equal(schedule._levels, expected._levels)
@@ -127,11 +107,6 @@ def test_betas_without_a_name_and_levels_without_betas():
     scheduler.alphas_cumprod = (1 - scheduler.betas).cumprod(0)
     schedule, _ = from_diffusers(scheduler)
     assert type(schedule) is BetasSchedule and equal(schedule.betas.float(), scheduler.betas)
-
-    class Constant(DDPMSchedule):
-        @property
-        def betas(self): return torch.full((self.T,), 0.1, dtype=f64)
-    close(to_diffusers(Constant(T=20)).betas, torch.full((20,), 0.1))
 
 
 def test_flow_matching_is_the_straight_line():
@@ -154,70 +129,36 @@ class Index(torch.nn.Module):
         return SimpleNamespace(sample=torch.zeros_like(sample) + told + add)
 
 
-@pytest.mark.parametrize("dtype", [f32, f64])
-@pytest.mark.parametrize("text", [
-    "ddpm", "ddpm(beta=cosine)", "ddpm(T=1)", "discrete(schedule=linear)", "discrete(T=4000)",
-    "discrete(schedule=ve)", "discrete(schedule=rectified_flow, T=50)"])
-def test_a_network_is_told_the_index_of_each_level(text, dtype):
-    schedule = schedule_of(text)
-    level = schedule.level(times(schedule.T).to(dtype))
-    k = predict(as_network(Index(), text), torch.zeros(schedule.T, 1, dtype=dtype), level)[:, 0]
-    assert equal(k, torch.arange(schedule.T).to(dtype))
-
-
 def test_the_nearest_level_between_two_and_1000u_without_a_chain():
     u, net = network_time(DDPMSchedule().logsnr(times(1000))), as_network(Index(), "ddpm")
     for part, nearest in ((0.4, torch.arange(999)), (0.6, torch.arange(1, 1000))):
         assert equal(net.timestep(u[:-1] + part * u.diff()), nearest)
+    assert as_network(Index(), "ddpm(T=1)").timestep(u[:3]).tolist() == [0, 0, 0]
     assert net.timestep(torch.tensor([0., 1.])).tolist() == [0, 999]
     assert equal(net.half().timestep(u.float()), torch.arange(1000))   # halved networks keep their timesteps
-    for free in (as_network(Index()), as_network(Index(), "cosine", add=3.)):
-        told = free(torch.zeros(3, 1), torch.tensor([0.1, 0.5, 0.9]))[:, 0] - free.options.get("add", 0.)
-        close(told, torch.tensor([100., 500, 900]))
+    for free, more in (as_network(Index()), 0.), (as_network(Index(), "cosine", add=3.), 3.):
+        told = free(torch.zeros(3, 1), torch.tensor([0.1, 0.5, 0.9]))[:, 0]
+        close(told, torch.tensor([100., 500, 900]) + more)
 
 
-def test_a_network_goes_there_and_back_and_learns():
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4,
-        layers_per_block=1, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
-    schedule, k = DDPMSchedule(T=100, beta_max=0.1), torch.arange(8) * 12
-    x, net = torch.randn(8, 1, 8, 8, generator=seeded(0)), as_network(unet, schedule)
-    assert set(net.parameters()) == set(unet.parameters())
-    DiffusionLoss(schedule, "v", "min_snr")(net, x, generator=seeded(0)).mean().backward()
-    assert all(p.grad is not None for p in unet.parameters())
-    back = as_unet(net, schedule, (1, 8, 8))
-    for at in (k, 7, torch.tensor(7)): assert equal(back(x, at).sample, unet(x, at).sample)
-    assert equal(back(x, torch.tensor(7.), return_dict=False)[0], back(x, 7).sample)
-    assert (back.dtype, back.device, back.config.in_channels) == (f32, torch.device("cpu"), 1)
-    assert back.config.sample_size == (8, 8)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_keep_a_thousand_timesteps_apart(dtype):
+def test_sixteen_bits_keep_a_thousand_timesteps_apart(dtype=torch.float16):
     class Heard(torch.nn.Module):
         def forward(self, sample, timestep): self.timestep = timestep; return SimpleNamespace(sample=sample)
     heard = Heard()
     net = as_unet(as_network(heard, "ddpm"), "ddpm", (1,))
-    assert net(torch.zeros(1000, 1, dtype=dtype), torch.arange(1000)).sample.dtype == dtype
+    assert net(torch.zeros(1000, 1, dtype=dtype), torch.arange(1000), return_dict=False)[0].dtype == dtype
     assert equal(heard.timestep, torch.arange(1000))
-    seen = []
-    plain = as_unet(lambda z, u: seen.append(u.dtype) or z, "ddpm", (1,))   # others see their data's dtype
-    plain(torch.zeros(1, 1, dtype=dtype), 3)
-    assert seen == [dtype]
 
 
-@pytest.mark.parametrize(
-    "timestep", [-1, 1000, 6.5, math.nan, math.inf, None, "3", True, 1j, [1, 2, 3], [[1, 2]]])
+@pytest.mark.parametrize("timestep", [-1, 1000, 6.5, math.nan, None, True, [1, 2, 3]])
 def test_timesteps_that_a_chain_has_not(timestep):
     net = as_unet(lambda z, u: z, "ddpm", (1, 4, 4))
     with pytest.raises((TypeError, ValueError), match="timestep"): net(torch.zeros(2, 1, 4, 4), timestep)
 
 
 @pytest.mark.parametrize("answer, message", [
-    (lambda z: z, "field `sample`"), (lambda z: (z,), "field `sample`"),
-    (lambda z: SimpleNamespace(sample=z.repeat(1, 2)), "a variance as well"),
-    (lambda z: SimpleNamespace(sample=None), "must be a tensor")])
+    (lambda z: z, "field `sample`"),
+    (lambda z: SimpleNamespace(sample=z.repeat(1, 2)), "a variance as well")])
 def test_networks_that_answer_otherwise(answer, message):
     net = as_network(lambda sample, timestep: answer(sample), "ddpm")
     with pytest.raises((TypeError, ValueError), match=message): net(torch.zeros(2, 3), torch.zeros(2))
@@ -237,27 +178,21 @@ def test_zero_terminal_snr_is_refused_and_the_advice_works(kind):
     with pytest.raises(ValueError, match="beta_1000 of 1000 is 1"): BetasSchedule(scheduler.betas)
 
 
-@pytest.mark.parametrize("scheduler, error, message", [
-    (SOLVER(use_flow_sigmas=True, prediction_type="flow_prediction"), ValueError, "no chain of noise levels"),
-    (chain([0.1, 0., 0.2]), ValueError, "strictly between 0 and 1, but beta_2 of 3 is 0"),
-    (chain([0.1, 0.5, 1.]), ValueError, "zero terminal SNR"),
-    (chain([1e-7, 0.1]), ValueError, "logsnr_max must be above"),
-    (FLOW(use_dynamic_shifting=True), ValueError, "depends on the image"),
-    (FLOW(invert_sigmas=True), ValueError, "invert_sigmas=True .* x - eps"),   # one step goes the other way
-    (FLOW(shift_terminal=0.1), ValueError, "shift_terminal=0.1"),
-    (EULER(timestep_type="continuous", prediction_type="v_prediction"), ValueError, "log.sigma./4"),
-    (DDPM(variance_type="learned_range"), ValueError, "variance_type='learned_range' .* gives a variance"),
-    (DDPM(trained_betas=[0.1, 0.2]), ValueError, "2 betas, but num_train_timesteps=1000"),
-    *((bad, TypeError, "scheduler must be one of diffusers, not") for bad in (None, "DDPMScheduler", DDPM)),
-], ids=str)
-def test_what_lfdm_cannot_have(scheduler, error, message):
-    with pytest.raises(error, match=message): from_diffusers(scheduler)
+SHIFTED = FLOW()
+SHIFTED.set_shift(3.)
 
 
-def test_a_shift_that_is_set_later_is_seen():
-    scheduler = FLOW()
-    scheduler.set_shift(3.)
-    with pytest.raises(ValueError, match="a shift of 3 moves"): from_diffusers(scheduler)
+@pytest.mark.parametrize("scheduler, message", [
+    (SOLVER(use_flow_sigmas=True, prediction_type="flow_prediction"), "no chain of noise levels"),
+    (chain([0.1, 0., 0.2]), "strictly between 0 and 1, but beta_2 of 3 is 0"),
+    (chain([1e-7, 0.1]), "logsnr_max must be above"), (SHIFTED, "a shift of 3 moves"),
+    (FLOW(use_dynamic_shifting=True), "depends on the image"),
+    (FLOW(invert_sigmas=True), "invert_sigmas=True"), (FLOW(shift_terminal=0.1), "shift_terminal=0.1"),
+    (EULER(timestep_type="continuous", prediction_type="v_prediction"), "log.sigma./4"),
+    (DDPM(variance_type="learned_range"), "gives a variance"),
+    (DDPM(trained_betas=[0.1, 0.2]), "2 betas, but num_train_timesteps=1000")])
+def test_what_lfdm_cannot_have(scheduler, message):
+    with pytest.raises(ValueError, match=message): from_diffusers(scheduler)
 
 
 @pytest.mark.parametrize("name", sorted(k for k in diffusers._class_to_module if k.endswith("Scheduler")))
@@ -268,31 +203,25 @@ def test_every_scheduler_of_diffusers_means_the_same_or_is_refused(name):
     try: scheduler = cls(**v)
     except (TypeError, ValueError, ImportError): return pytest.skip("needs more than its defaults")
     try: schedule, target = from_diffusers(scheduler)
-    except (TypeError, ValueError) as e:
-        assert len(str(e)) <= 300
-        return
-    if name == "FlowMatchEulerDiscreteScheduler": return
-    alpha_bar = scheduler.alphas_cumprod.double()
-    close(schedule.alpha(times(1000))**2, alpha_bar, rtol=1e-3, atol=1e-7)
+    except (TypeError, ValueError): return
+    if cls is FLOW: return
+    close(schedule.alpha(times(1000))**2, scheduler.alphas_cumprod.double(), rtol=1e-3, atol=1e-7)
     assert target.name == "v"
 
 
-@pytest.mark.parametrize("args, error, message", [
-    (("discrete(schedule=rectified_flow)",), ValueError, "does not preserve variance"),
-    (("cosine", "F"), ValueError, "no prediction_type for the target 'F'"),
-    (("adaptive",), ValueError, "moves as it learns"), (("cosine", "eps", 0), ValueError, "T must be"),
-    (("cosine", "eps", 10, "DDPM"), ValueError, "unknown kind of scheduler 'DDPM'"),
-    (("cosine", "eps", 10, diffusers.EDMEulerScheduler), ValueError, "EDMEulerScheduler takes none"),
-    (("cosine", "eps", 10, torch.nn.Linear), TypeError, "kind must be"),
-    (("cosine(-20, 12.9)", "v", 1), ValueError, "pure noise in diffusers"),
-    (("cosine(-inf, 12.9)", "v", 10), ValueError, "finite range")], ids=str)
-def test_what_diffusers_cannot_have(args, error, message):
-    with pytest.raises(error, match=message): to_diffusers(*args)
+@pytest.mark.parametrize("args, message", [
+    (("discrete(schedule=rectified_flow)",), "does not preserve variance"),
+    (("cosine", "F"), "no prediction_type for the target 'F'"), (("adaptive",), "moves as it learns"),
+    (("cosine", "eps", 10, "DDPM"), "unknown kind of scheduler 'DDPM'"),
+    (("cosine", "eps", 10, diffusers.EDMEulerScheduler), "EDMEulerScheduler takes none"),
+    (("cosine", "eps", 10, torch.nn.Linear), "kind must be a scheduler class"),
+    (("cosine(-20, 12.9)", "v", 1), "pure noise in diffusers"),
+    (("cosine(-inf, 12.9)", "v", 10), "finite range")])
+def test_what_diffusers_cannot_have(args, message):
+    with pytest.raises((ValueError, TypeError), match=message): to_diffusers(*args)
 
 
 @pytest.mark.parametrize("kind, options, message", [
-    (DDPM, dict(prediction_type="epsilon"), "prediction_type follows from target"),
-    (DDPM, dict(num_train_timesteps=5), "num_train_timesteps follows from T"),
     (DDPM, dict(trained_betas=[0.1]), "trained_betas follows from schedule"),
     (DDPM, dict(clip_sampel=True), "Did you mean 'clip_sample'"),
     (SOLVER, dict(solver_type="best"), "refuses an option"),
@@ -307,10 +236,10 @@ def test_options_that_make_it_another_scheduler(kind, options, message):
 
 
 def test_how_one_samples_is_an_option():
-    sampled = to_diffusers("ddpm", "v", clip_sample=True, variance_type="fixed_large")
-    assert sampled.config.clip_sample and sampled.config.variance_type == "fixed_large"
+    plain = to_diffusers("ddpm", "v", clip_sample=True)
+    assert plain.config.clip_sample
     video = to_diffusers("ddpm", "v", kind=diffusers.CogVideoXDDIMScheduler, snr_shift_scale=1.)
-    close(video.alphas_cumprod, sampled.alphas_cumprod)
+    close(video.alphas_cumprod, plain.alphas_cumprod)
     assert from_diffusers(FLOW(), logsnr_max=5)[0].logsnr_max == 5
 
 
@@ -321,14 +250,12 @@ def test_the_way_out_that_is_named_is_one():
 
 
 def test_betas_at_the_ends_and_beyond():
-    for bad in ([], [[0.1]], [0.], [1.], [-0.1], [0.1, math.nan], torch.tensor(0.1)):
+    for bad in ([], [[0.1]], [0.], [1.], [0.1, math.nan], torch.tensor(0.1)):
         with pytest.raises(ValueError, match="beta"): BetasSchedule(bad)
-    for worse in ("linear", None, {}): pytest.raises(TypeError, BetasSchedule, worse)
     assert BetasSchedule([1e-12], logsnr_max=40.).logsnr_min == pytest.approx(-math.log(1e-12), abs=1e-3)
     assert BetasSchedule([1 - 1e-9]).logsnr_min == pytest.approx(math.log(1e-9), abs=1e-3)
-    assert BetasSchedule([0.5], logsnr_max=math.inf).sigma(0.) == 0
     assert BetasSchedule([0.1, 0.2]).betas.tolist() == [0.1, 0.2]   # floats keep their digits
-    assert "T=50" in repr(BetasSchedule([0.1] * 50)) and len(repr(BetasSchedule([0.1] * 50))) < 200
+    assert len(repr(BetasSchedule([0.1] * 50))) < 200
 
 
 def test_the_module_needs_no_diffusers():

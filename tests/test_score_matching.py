@@ -8,16 +8,14 @@ from hypothesis import given, settings, strategies as st
 from torch.autograd.functional import jacobian
 
 from lfdm import score_matching
-from lfdm.data import DATASETS
 from lfdm.losses import DiffusionLoss
 from lfdm.schedules import CONTINUOUS, SCHEDULES, network_logsnr, network_time
 from lfdm.score_matching import DIRECTIONS, OBJECTIVES, Explicit, Hutchinson, ScoreMatchingLoss, Sliced
-from lfdm.weightings import WEIGHTINGS
 
 torch.set_num_threads(1)
 f32, f64, close = torch.float32, torch.float64, torch.testing.assert_close
 PRECISIONS = (f64, 1e-6), (f32, 2e-2)
-few = settings(max_examples=15, deadline=None, derandomize=True, database=None)
+few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
 kinds = pytest.mark.parametrize('kind', [None, *DIRECTIONS])
 probe = score_matching.probe_vectors
 
@@ -47,10 +45,10 @@ def estimate(f, z, u):
     return score_matching.projected_divergence(f, z, u)
 
 
-@pytest.mark.parametrize('shape', [(4, 1), (3, 3), (2, 2, 3, 3)], ids=str)
+@pytest.mark.parametrize('shape', [(3, 3), (2, 2, 3, 3)], ids=str)
 @kinds
 def test_divergences_and_their_gradients_are_those_of_the_jacobian(shape, kind):
-    "the trace, or the quadratic form, and what a function of it teaches; without gradients nothing is kept"
+    "and what a function of it teaches; without gradients nothing is kept"
     f, z, d = Smooth(shape), randn(*shape, seed=9), math.prod(shape[1:])
     u = probe(z, kind, generator(3)) if kind else None
     y, got = estimate(f, z, u)
@@ -65,14 +63,12 @@ def test_divergences_and_their_gradients_are_those_of_the_jacobian(shape, kind):
     for mine, want in zip(*learned): close(mine, want, rtol=1e-9, atol=1e-9)
     with torch.no_grad(): without = estimate(f, z, u)
     for a, b in zip(without, (y, got)): assert torch.equal(a, b.detach()) and not a.requires_grad
-    assert all(p.grad is None for p in f.parameters()) and not z.requires_grad and z.grad is None
+    assert not z.requires_grad and z.grad is None
 
 
 @kinds
 @pytest.mark.parametrize('f', [
-    lambda z: z.detach(), lambda z: torch.zeros_like(z),
-    lambda z: z.detach() * torch.ones(1, requires_grad=True),
-    lambda z: z.long().to(z), lambda z: torch.no_grad()(torch.sin)(z)])
+    lambda z: z.detach(), lambda z: z.detach() * torch.ones(1, requires_grad=True), lambda z: z.long().to(z)])
 def test_a_field_that_cannot_be_differentiated_is_refused(f, kind):
     for z, wanted in itertools.product((randn(4, 2), randn(4, 2).requires_grad_()), (True, False)):
         with torch.set_grad_enabled(wanted), pytest.raises(ValueError, match='differentiable in its'):
@@ -80,18 +76,15 @@ def test_a_field_that_cannot_be_differentiated_is_refused(f, kind):
 
 
 @pytest.mark.parametrize('kind', DIRECTIONS)
-@pytest.mark.parametrize('d', [(1,), (2, 2)], ids=str)
-def test_directions_have_the_identity_for_second_moment(kind, d):
-    n, z, state = 40_000, torch.zeros(40_000, *d, dtype=f64), torch.get_rng_state()
-    u, d = probe(z, kind, generator(5)), math.prod(d)
+def test_directions_have_the_length_of_their_kind(kind, n=20_000):
+    "of data of any shape; their second moment is checked on the page"
+    z, state = torch.zeros(n, 2, 2, dtype=f64), torch.get_rng_state()
+    u = probe(z, kind, generator(5))
     assert torch.equal(u, probe(z, kind, generator(5))) and torch.equal(state, torch.get_rng_state())
-    assert u.shape == z.shape and u.dtype == f64 and probe(z.float(), kind).dtype == f32
-    flat = u.flatten(1)
-    length2 = flat.square().sum(1)
-    assert (flat.T @ flat / n - torch.eye(d)).abs().max() < 5 * (3 / n)**.5
-    assert flat.mean(0).abs().max() < 5 / n**.5
-    if kind == 'normal': assert abs(length2.var() - 2 * d) < .2 * d
-    else: close(length2, torch.full((n,), float(d), dtype=f64))
+    assert u.dtype == f64 and probe(z.float(), kind).dtype == f32
+    length2 = u.flatten(1).square().sum(1)
+    if kind == 'normal': assert abs(length2.mean() - 4) < .2 and abs(length2.var() - 8) < .8
+    else: close(length2, torch.full((n,), 4., dtype=f64))
 
 
 # ---- five objectives, one gradient
@@ -104,7 +97,7 @@ def gaussian_score(z, alpha, sigma):
 ALL = [Explicit(gaussian_score), 'implicit', Hutchinson(), Sliced('sign'), 'denoising']
 
 
-@pytest.mark.parametrize('schedule', [name for name in SCHEDULES if name != 'adaptive'])
+@pytest.mark.parametrize('schedule', ['cosine', 've', 'ddpm', 'edm_sample'])
 @pytest.mark.parametrize('shape', [(3, 3), (2, 3, 2, 2)], ids=str)
 def test_values_and_gradients_for_an_affine_network_by_hand(schedule, shape):
     "where n is a size of the data too; the Jacobian is k/√(α²+σ²) times one: signs and spheres make no error"
@@ -118,7 +111,7 @@ def test_values_and_gradients_for_an_affine_network_by_hand(schedule, shape):
               ('denoising', mean((-eps / sigma - score)**2)), ('implicit', implicit),
               ('hutchinson', implicit), (Hutchinson('sphere'), implicit),
               ('sliced', mean(u * score)**2 * u[0].numel() + mean(2 * k / scale * u**2))]
-    for (objective, want), weighting in itertools.product(wanted, WEIGHTINGS):
+    for (objective, want), weighting in itertools.product(wanted, ('weighted', 'nelbo')):
         factor = DiffusionLoss(schedule, 'score', weighting).factor(t)
         got = ScoreMatchingLoss(objective, schedule, weighting)(net, x, t, eps, generator(7))
         close(got, factor * want, rtol=1e-9, atol=1e-12)
@@ -126,26 +119,10 @@ def test_values_and_gradients_for_an_affine_network_by_hand(schedule, shape):
         close(*learned, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize('objective', ALL, ids=str)
-@pytest.mark.parametrize('shape', [(2, 2), (2, 3, 2, 2)], ids=str)
-def test_a_loss_is_pure_and_examples_do_not_see_each_other(objective, shape):
-    "another second example leaves the first as it was; gradients or not, the value is the same"
-    x, loss, net = randn(*shape, seed=1), ScoreMatchingLoss(objective, 'cosine', 'nelbo'), Smooth(shape)
-    copy, other, before = x.clone(), x.clone(), torch.get_rng_state()
-    other[1:] += 1
-    whole, changed = (loss(net, v, times(len(x)), x, generator(8)) for v in (x, other))
-    close(whole[:1], changed[:1], rtol=1e-10, atol=0)
-    with torch.no_grad(): value = loss(net, x, times(len(x)), x, generator(8))
-    assert whole.shape == shape[:1] and (whole[1:] != changed[1:]).all() and not value.requires_grad
-    close(value, whole.detach(), rtol=1e-9, atol=0)
-    assert torch.equal(x, copy) and not x.requires_grad and torch.equal(before, torch.get_rng_state())
-
-
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_sixteen_bits_cost_the_rounding_of_the_network_only(dtype):
+def test_sixteen_bits_cost_the_rounding_of_the_network_only(dtype=torch.bfloat16):
     x, near = randn(64, 2).to(dtype), 4 * torch.finfo(dtype).eps
-    for objective, weighting in itertools.product(ALL, ('weighted', 'nelbo')):
-        loss, seen = ScoreMatchingLoss(objective, levels=[-3., 2., 9.], weighting=weighting), set()
+    for objective in ALL:
+        loss, seen = ScoreMatchingLoss(objective, levels=[-3., 2., 9.], weighting='nelbo'), set()
         net = lambda z, u, seen=seen: seen.add(z.dtype) or seen.add(u.dtype) or torch.sin(z)
         got = loss(net, x, generator=generator(1))
         assert seen == {dtype} and got.dtype == f32 and loss.drawn(x)[0].dtype == f32
@@ -155,9 +132,8 @@ def test_sixteen_bits_cost_the_rounding_of_the_network_only(dtype):
 
 # ---- levels
 
-@pytest.mark.parametrize('schedule', CONTINUOUS)
 @few
-@given(u=st.floats(0, 1), v=st.floats(0, 1))
+@given(st.sampled_from([*CONTINUOUS]), st.floats(0, 1), st.floats(0, 1))
 def test_only_the_listed_levels_are_visited_and_all_alike(schedule, u, v):
     "the ends of the range too: a time of -1e-17 must not be taken for one outside [0, 1]"
     s = SCHEDULES[schedule]()
@@ -165,59 +141,45 @@ def test_only_the_listed_levels_are_visited_and_all_alike(schedule, u, v):
     a, b = sorted(low + (high - low) * w for w in (u, v))
     if b - a > .1: s = SCHEDULES[schedule](logsnr_min=a, logsnr_max=b)
     want = torch.tensor([s.logsnr_min, (s.logsnr_min + s.logsnr_max) / 2, s.logsnr_max], dtype=f64)
-    for levels, (dtype, near) in itertools.product((want.tolist(), want, want[0].item()), PRECISIONS):
+    for levels, (dtype, near) in itertools.product((want, want[0].item()), PRECISIONS):
         loss, seen = ScoreMatchingLoss('denoising', s, levels=levels), []
         loss(lambda z, u, seen=seen: seen.append(u) or z, randn(200, 2, dtype=dtype), generator=generator(1))
         gap = (network_logsnr(seen[0].double())[:, None] - loss.levels).abs()
         assert gap.min(1).values.max() < near and ((gap < near).double().mean(0) - 1 / len(gap.T)).max() < .15
-        assert repr(loss) == f'ScoreMatchingLoss(Denoising(), {s}, {loss.weighting}, {loss.levels.tolist()})'
 
 
 def test_given_times_win_over_levels():
     net, x, eps, t = Smooth((4, 2)), randn(4, 2), randn(4, 2, seed=1), times(4)
     plain, listed = (ScoreMatchingLoss('implicit', levels=levels) for levels in (None, [2.]))
     assert torch.equal(listed(net, x, t, eps), plain(net, x, t, eps))
-    at_two = plain.schedule.t(torch.tensor(2., dtype=f64)).expand(4)
-    close(listed(net, x, eps=eps), plain(net, x, at_two, eps), rtol=1e-12, atol=0)
-    with pytest.raises(TypeError, match='x must be'): listed(net, torch.zeros(0, 2))
+    assert not torch.equal(listed(net, x, eps=eps), plain(net, x, t, eps))
 
 
 # ---- what must be refused
 
-BAD = [
-    (Explicit, 'Explicit\\(dataset.score\\)'), ('explicit', 'dataset.score'), ('implict', "mean 'implicit'"),
-    (None, 'objective must be'), (dict, 'objective must be'), ('sliced cosin nelbo', "mean 'cosine'"),
-    ('denoising adaptive nelbo', 'does not teach the adaptive'), ('denoising ve nelb', "mean 'nelbo'"),
-    *((('denoising', 'cosine', 'nelbo', bad), 'levels must be noise levels λ from -12.9 to 12.9, not')
-      for bad in ([], [13.], [-13.], [0., 12.91], [math.nan], [0., math.inf], 'a', [None], True, 1j))]
-
-
-@pytest.mark.parametrize('bad, says', BAD, ids=str)
+@pytest.mark.parametrize('bad, says', [
+    ('explicit', 'dataset.score'), ('denoising adaptive nelbo', 'does not teach the adaptive')])
 def test_bad_choices_are_named(bad, says):
-    arguments = bad.split() if isinstance(bad, str) else bad if isinstance(bad, tuple) else [bad]
-    with pytest.raises((TypeError, ValueError), match=says): ScoreMatchingLoss(*arguments)
+    with pytest.raises(ValueError, match=says): ScoreMatchingLoss(*bad.split())
 
 
-@pytest.mark.parametrize('bad', ['signs', None, 3], ids=repr)
-def test_bad_options_and_networks_are_named(bad):
-    def refused(says, call):
-        with pytest.raises((TypeError, ValueError), match=says): call()
-    x = torch.zeros(2, 2)
-    for loss in (Hutchinson, Sliced): refused(f'directions {bad!r}', lambda loss=loss: loss(bad))
-    for score in ('score', DATASETS['cluster'](), bad):
-        refused('exact score', lambda score=score: Explicit(score))
-    for net, name in itertools.product((lambda z, u: z[:, :1], lambda z, u: bad), list(OBJECTIVES)[1:]):
-        refused('the network returned', lambda net=net, name=name: ScoreMatchingLoss(name)(net, x))
+def test_levels_and_networks_that_do_not_fit_are_named():
+    for bad in ([], [13.], [0., 12.91], [0., math.inf]):
+        with pytest.raises(ValueError, match='levels must be noise levels λ from -12.9 to 12.9, not'):
+            ScoreMatchingLoss(levels=bad)
+    for net, name in itertools.product((lambda z, u: z[:, :1], lambda z, u: None), list(OBJECTIVES)[1:]):
+        with pytest.raises((TypeError, ValueError), match='the network returned'):
+            ScoreMatchingLoss(name)(net, torch.zeros(2, 2))
 
 
 # ---- the scaled network
 
 def test_a_scaled_score_is_over_sigma_at_every_level():
-    "λ from -80 to 80, as far as a run may go; σ of unit scale, whatever the schedule"
-    for (dtype, near), shape in itertools.product(((f32, 1e-5), (f64, 1e-11)), ((3,), (2, 4, 4))):
-        logsnr, z = torch.linspace(-80, 80, 41, dtype=dtype), randn(41, *shape, dtype=dtype)
+    "λ from -80 to 80, as far as a run may go; σ of unit scale"
+    for dtype, near in PRECISIONS:
+        logsnr, z = torch.linspace(-80, 80, 41, dtype=dtype), randn(41, 2, 4, dtype=dtype)
         scaled = score_matching.ScaledScore(lambda z, u: z)
         got, sigma = scaled(z, network_time(logsnr)), column(torch.sigmoid(-logsnr.double()).sqrt(), z)
         assert got.dtype == dtype and got.isfinite().all()
-        close(got.double(), z.double() / sigma, rtol=near, atol=0)
+        close(got.double(), z.double() / sigma, rtol=near / 1000, atol=0)
         assert torch.equal(scaled(z, torch.ones(41, dtype=dtype)), z)   # pure noise: σ = 1

@@ -7,8 +7,6 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from gaussians import exact, f64, gaussian, randn, refuse, states
-from lfdm.networks import MLP
-from lfdm.sampling import sample
 from lfdm.schedules import SCHEDULES, CosineSchedule, Level
 from lfdm.steps import (
     SAMPLERS,
@@ -19,12 +17,11 @@ from lfdm.steps import (
     ddim_step,
     dpmpp_2m_step,
     edm_step,
-    network_denoiser,
     predictor_corrector_step,
     solve,
 )
 
-few = settings(max_examples=8, deadline=None, derandomize=True, database=None)
+few = settings(max_examples=6, deadline=None, derandomize=True, database=None)
 every = pytest.mark.parametrize("sampler", SAMPLERS)
 still = partial(edm_step, churn=0.)
 numbers = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
@@ -63,17 +60,16 @@ def gap(step, steps, schedule):
 
 # ---- convergence
 
-ORDERS = [*((SAMPLERS[name], order) for name, order in dict(
-    ddim=1, euler=1, heun=2, dpmpp_2m=2, ancestral=1, euler_maruyama=1).items()), (still, 2)]
+ORDERS = dict(ddim=1, euler=1, heun=2, dpmpp_2m=2, ancestral=1, euler_maruyama=1)
 
 @pytest.mark.parametrize("schedule", ["ve", "cosine"])
-@pytest.mark.parametrize("step, order", ORDERS, ids=lambda v: getattr(v, "__name__", str(v)[:9]))
+@pytest.mark.parametrize("step, order", [*((SAMPLERS[k], order) for k, order in ORDERS.items()), (still, 2)])
 def test_the_order_of_convergence(step, order, schedule):
-    coarse, fine = gap(step, 150, schedule), gap(step, 300, schedule)
-    assert abs(math.log2(coarse / fine) - order) < .2 and fine < {1: .05, 2: .003}[order]
+    coarse, fine = gap(step, 100, schedule), gap(step, 200, schedule)
+    assert abs(math.log2(coarse / fine) - order) < .2 and fine < {1: .08, 2: .007}[order]
     if step is still:   # and with churn, for which the noise must be asked at the raised level
-        errors = [gap(partial(edm_step, steps=steps), steps, schedule) for steps in (100, 200)]
-        assert errors[0] > 1.5 * errors[1] and errors[1] < .02
+        coarse, fine = (gap(partial(edm_step, steps=steps), steps, schedule) for steps in (100, 200))
+        assert coarse > 1.5 * fine and fine < .02
 
 
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-7])
@@ -87,7 +83,7 @@ def test_the_adaptive_solver_keeps_its_tolerance_in_one_step(tolerance):
 @few
 @given(st.floats(-8, 8), st.floats(.01, 1.), st.sampled_from(["ve", "cosine"]))
 def test_langevin_steps_leave_the_variance_they_are_known_to_leave(logsnr, size, schedule):
-    "step size a: stationary at V/(1 - a/2V), too large; a corrector after no step does the same"
+    "stationary at V/(1 - a/2V), too large; a corrector after no step does the same"
     l = level(logsnr, schedule)
     mean, variance = gaussian.moments(l)
     sd = (variance / (1 - size * l.sigma**2 / (2 * variance))).sqrt()
@@ -107,30 +103,10 @@ def test_a_step_changes_nothing_but_its_result(sampler):
 
 
 @every
-@few
-@given(l=st.floats(-8, 8), h=st.floats(.01, 3), k_s=st.floats(.01, 100), k_t=st.floats(.01, 100),
-       schedule=st.sampled_from(["ve", "cosine"]))
-def test_only_ratios_of_scales_matter(sampler, l, h, k_s, k_t, schedule):
-    "variance preserving, exploding and all between are one process in other units"
-    z, noise, step = randn(4, 2), randn(4, 2, seed=1), SAMPLERS[sampler]
-    near = 1e-3 if sampler == "adaptive" else 1e-7
-    (s, t), (zoomed_s, zoomed_t) = ((level(l + h, schedule, a), level(l, schedule, b))
-                                    for a, b in ((1., 1.), (k_s, k_t)))
-    for denoiser in (exact, network_denoiser(MLP(2, 8).double().requires_grad_(False), "v")):
-        zoomed = step(denoiser, k_t * t.scale * z, zoomed_s, zoomed_t, noise)
-        numbers(zoomed / k_s, step(denoiser, t.scale * z, s, t, noise), rtol=near, atol=near)
-
-
-@every
-def test_precision_is_the_callers(sampler, monkeypatch):
-    "a state stays in its dtype, and float32 is float64 rounded"
-    draw, ends = torch.randn, []   # the same numbers for both
-    monkeypatch.setattr(torch, "randn", lambda *a, dtype=None, **kw: draw(*a, dtype=f64, **kw).to(dtype))
-    for dtype in (torch.float32, f64):
-        path = states(shape=(5, 2), steps=20, schedule=SCHEDULES["ve"](-10, 10), sampler=sampler, dtype=dtype)
-        assert all(z.dtype == l.logsnr.dtype == dtype for _, l, z in path)
-        ends.append(path[-1][2].double())
-    numbers(*ends, rtol=2e-3, atol=2e-3)
+@pytest.mark.parametrize("dtype", [torch.float32, f64])
+def test_precision_is_the_callers(sampler, dtype):
+    path = states(steps=5, schedule=SCHEDULES["ve"](-10, 10), sampler=sampler, dtype=dtype)
+    assert all(z.dtype == l.logsnr.dtype == dtype for _, l, z in path)
 
 
 # ---- edm
@@ -152,15 +128,13 @@ def test_churn_is_what_the_paper_says(n_t, churn, steps, inflate):
 
 
 def test_churn_never_more_than_doubles_the_variance_and_stays_inside_its_range():
-    assert churned(1., churn=0.) == churned(1., inflate=0.) == 0 and churned(1., churn=1e9) <= 1 + 1e-9
+    assert churned(1., churn=0.) == 0 and churned(1., churn=1e9) <= 1 + 1e-9
     assert churned(.0499) == churned(50.1) == 0 < churned(.0501) and churned(49.9) > 0
-    assert churned(.3, low=.31) == churned(.3, high=.29) == 0 < churned(.3, low=.29, high=.31)
     assert churned(1., low=1.) > 0 < churned(1., high=1.)   # both ends are inside
 
 
 @every
 def test_a_network_is_never_asked_outside_its_training(sampler):
-    "the sampling range is refused if it leaves the training's; then no step may leave it either"
     seen = []
     def denoiser(z, l): seen.append(l.logsnr.item()); return exact(z, l)
     denoiser.within = (-7., 7.)
@@ -170,28 +144,21 @@ def test_a_network_is_never_asked_outside_its_training(sampler):
 
 # ---- dpmpp_2m
 
-@few
-@given(st.floats(-6, 6), st.floats(.05, 2), st.floats(.05, 4))
-def test_a_line_through_two_guesses_is_followed_as_far_as_it_can_be_trusted(l, last, ratio):
-    "up to a step twice the last one; beyond it, in a first step and in one of no length it is DDIM's"
-    r, t, s, z = level(l - last), level(l), level(l + ratio * last), randn(4, 2)
+@pytest.mark.parametrize("ratio", [.5, 1.9, 2.1])
+def test_a_line_through_two_guesses_is_followed_up_to_twice_the_last_step(ratio):
+    r, t, s, z = level(-1.), level(0.), level(ratio), randn(4, 2)
     before, ddim = (r, exact(randn(4, 2, seed=2), r)), ddim_step(exact, z, s, t)
-    numbers(dpmpp_2m_step(exact, z, s, t), ddim)
-    for end in (s, t):
-        numbers(dpmpp_2m_step(exact, z, end, t, before=(t, exact(z + 1, t))), ddim_step(exact, z, end, t))
     more = s.alpha * -torch.expm1((t.logsnr - s.logsnr) / 2) * ratio / 2 * (exact(z, t)[0] - before[1][0])
-    if abs(ratio - 2) > 1e-4:
-        found = dpmpp_2m_step(exact, z, s, t, before=before) - ddim
-        numbers(found, more if ratio < 2 else 0 * more, rtol=1e-6)
+    numbers(dpmpp_2m_step(exact, z, s, t), ddim)
+    numbers(dpmpp_2m_step(exact, z, s, t, before=before) - ddim, more if ratio < 2 else 0 * more)
 
 
 # ---- what goes wrong
 
 @every
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_denoiser_that_stops_being_finite_is_placed(sampler, bad):
+def test_a_denoiser_that_stops_being_finite_is_placed(sampler):
     "the step and its λ; within an adaptive step the λ of the evaluation"
-    def denoiser(z, l): return tuple(q + (bad if l.logsnr >= 0 else 0) for q in exact(z, l))
+    def denoiser(z, l): return tuple(q + (math.inf if l.logsnr >= 0 else 0) for q in exact(z, l))
     with pytest.raises(FloatingPointError, match="stopped being finite at") as e:
         states(denoiser, steps=10, sampler=sampler)
     said = str(e.value)
@@ -199,29 +166,20 @@ def test_a_denoiser_that_stops_being_finite_is_placed(sampler, bad):
     assert 0 <= float(said.split("logsnr ")[1].rstrip(".")) < 5
 
 
-NO_GUESS = [lambda z, l: z, lambda z, l: (z,), lambda z, l: (z, None), lambda z, l: (z, z[:, :1]),
-            lambda z, l: None]
-
 @every
-@pytest.mark.parametrize("denoiser", NO_GUESS)
+@pytest.mark.parametrize("denoiser", [lambda z, l: z, lambda z, l: (z, None), lambda z, l: (z, z[:, :1])])
 def test_what_is_no_guess_is_refused(sampler, denoiser):
-    "one tensor of two rows would be unpacked into its rows; of noise of another shape there is too much"
+    "one tensor of two rows would be unpacked into its rows"
     for one in (denoiser, Counted(denoiser)):
-        with pytest.raises((TypeError, ValueError), match="denoiser must return"):
-            sample(one, 2, steps=2, sampler=sampler)
         with pytest.raises((TypeError, ValueError), match="denoiser must return"):
             SAMPLERS[sampler](one, randn(2, 2), level(1.), level(0.), randn(2, 2))
 
 
 def test_an_adaptive_solver_that_cannot_converge_says_where_and_what_to_do():
     "but an assertion of the network says what is wrong with the network"
-    says = r"did not converge at logsnr -?[0-6]\.\d.*rtol and atol.*max_steps.*\(3\).*fixed steps"
-    with pytest.raises(RuntimeError, match=says):
+    with pytest.raises(RuntimeError, match=r"did not converge at logsnr -?[0-6]\.\d.*max_steps.*\(3\)"):
         states(steps=1, schedule=SCHEDULES["ve"](-6, 6), sampler=partial(adaptive_step, max_steps=3))
-    with pytest.raises(AssertionError, match="work before"): sample(refuse, 3, steps=1, sampler="adaptive")
-    for name in ("rtol", "atol", "max_steps"):
-        with pytest.raises(ValueError, match=f"{name} must"):
-            sample(refuse, 3, steps=1, sampler=partial(adaptive_step, **{name: 0}))
+    with pytest.raises(AssertionError, match="work before"): states(refuse, steps=1, sampler="adaptive")
 
 
 def test_solve_knows_what_it_cannot_miss():
@@ -232,5 +190,4 @@ def test_solve_knows_what_it_cannot_miss():
     numbers(grown, math.e * z, rtol=1e-7, atol=0)
     numbers(solve(growth, grown, phi + 1, phi, 1e-9, 1e-9), z, rtol=1e-7, atol=0)   # backwards
     assert min(seen) >= .3 - 1e-12 and max(seen) <= 1.3 + 1e-12                     # never beyond an end
-    l = at_angle(phi)
-    numbers(torch.stack([l.angle, 2 * (l.alpha / l.sigma).log()]), torch.stack([phi, l.logsnr]))
+    numbers(at_angle(phi).angle, phi)

@@ -12,9 +12,9 @@ from lfdm.targets import TARGETS, F, convert
 torch.set_num_threads(1)
 f32, f64 = torch.float32, torch.float64
 few = settings(max_examples=12, deadline=None, derandomize=True, database=None)
-level, seeds, sizes = st.floats(-12, 12), st.integers(0, 10**6), st.floats(0.01, 100)
+levels, seeds, sizes = st.floats(-12, 12), st.integers(0, 10**6), st.floats(0.01, 100)
 schedules = st.sampled_from(sorted(SCHEDULES))
-shapes = st.sampled_from([(2, 2), (4, 4), (3, 3, 4, 4), (4, 3, 4, 4), (1, 2), (5, 2)])
+shapes = st.sampled_from([(2, 2), (4, 4), (3, 3, 4, 4), (1, 2), (5, 2)])
 
 
 def randn(many, shape, seed):
@@ -29,10 +29,9 @@ def scene(shape, seed, levels, schedule, dtype=f64):
     return x, eps, alpha * x + sigma * eps, alpha, sigma
 
 
-@pytest.mark.parametrize('schedule', SCHEDULES)
-@few
-@given(shapes, seeds, st.lists(level, min_size=1, max_size=5), st.floats(0.05, 20))
-def test_all_conversions_give_the_truth_from_the_truth(schedule, shape, seed, levels, other):
+@settings(few, max_examples=25)
+@given(shapes, seeds, st.lists(levels, min_size=1, max_size=5), schedules, st.floats(0.05, 20))
+def test_all_conversions_give_the_truth_from_the_truth(shape, seed, levels, schedule, other):
     "σ_d included: F of one σ_d is not F of another"
     targets = [*(cls() for cls in TARGETS.values()), F(other)]
     for dtype, tolerance in ((f64, 1e-9), (f32, 1e-2)):
@@ -46,38 +45,27 @@ def test_all_conversions_give_the_truth_from_the_truth(schedule, shape, seed, le
 
 
 @few
-@given(shapes, seeds, level, schedules, st.sampled_from([1e-6, 1., 1e8]))
-def test_nothing_is_clamped(shape, seed, logsnr, schedule, size):
-    "conversions are linear in the prediction however large it is, and go there and back"
-    x, eps, z, alpha, sigma = scene(shape, seed, [logsnr], schedule)
-    y = size * randn(1, shape, seed + 1)[0]
-    for source, target in itertools.product(TARGETS, TARGETS):
-        at0, at1, at3 = (convert(k * y, source, target, z, alpha, sigma) for k in (0, 1, 3))
-        small = 1e-7 * (at0.abs().max().item() + at1.abs().max().item() + 1e-3)
-        torch.testing.assert_close(at3 - at0, 3 * (at1 - at0), rtol=1e-6, atol=small)
-        back = convert(at1, target, source, z, alpha, sigma)
-        largest = sum(convert(y, source, t, z, alpha, sigma).abs().max() for t in TARGETS)
-        assert (back - y).abs().max() <= 1e-11 * largest * max(1, math.exp(abs(logsnr) / 2))
-
-
-RATIOS = dict(
-    x=lambda snr, s: snr, eps=lambda snr, s: 1., v=lambda snr, s: snr / (snr + 1), score=lambda snr, s: s**2,
-    F=lambda snr, s: 1 / (1 + 4 / snr), flow=lambda snr, s: 1 / (1 + snr**-0.5)**2)
+@given(shapes, seeds, levels, schedules)
+def test_nothing_is_clamped(shape, seed, logsnr, schedule):
+    "a prediction far from the truth goes there and back"
+    x, eps, *at = scene(shape, seed, [logsnr], schedule)
+    y = 1e8 * randn(1, shape, seed + 1)[0]
+    for source in TARGETS:
+        there = {target: convert(y, source, target, *at) for target in TARGETS}
+        near = 1e-11 * sum(q.abs().max() for q in there.values()) * max(1, math.exp(abs(logsnr) / 2))
+        for target, q in there.items(): assert (convert(q, target, source, *at) - y).abs().max() <= near
 
 
 @pytest.mark.parametrize('name', TARGETS)
 @few
 @given(shapes, seeds, sizes, sizes)
 def test_the_one_identity(name, shape, seed, alpha, sigma):
-    "‖ε - ε̂‖² = r ‖y - ŷ‖² at any scales, of floats and tensors, with the documented r"
-    y = TARGETS[name]()
-    assert y.name == name
-    x, eps, y_hat = randn(3, shape, seed)
+    "‖ε - ε̂‖² = r ‖y - ŷ‖² at any scales"
+    y, (x, eps, y_hat) = TARGETS[name](), randn(3, shape, seed)
     for a, s in ((alpha, sigma), torch.tensor([alpha, sigma], dtype=f64)):
         left = (eps - y.to_eps(y_hat, a * x + s * eps, a, s)).square().mean()
         right = y.eps_ratio(a, s) * (y.encode(x, eps, a, s) - y_hat).square().mean()
         torch.testing.assert_close(left, right, rtol=1e-8, atol=1e-12)
-        assert float(y.eps_ratio(a, s)) == pytest.approx(RATIOS[name]((alpha / sigma)**2, sigma), rel=1e-9)
 
 
 # ---- the ends: at α = 0, z is the noise itself; at σ = 0, z is the data itself
@@ -86,12 +74,12 @@ UNDETERMINED = {
     'alpha': {*itertools.product(('eps', 'score'), ('x', 'v', 'F', 'flow'))},
     'sigma': {*itertools.product(('x', 'score'), ('eps', 'v', 'F', 'flow')),
               *((y, 'score') for y in ('x', 'eps', 'v', 'F', 'flow'))}}
-ZEROS = [0, -0., torch.tensor(0.), torch.zeros((), dtype=f64), torch.tensor([[1.], [0.], [1.]])]
+ZEROS = 0, -0., torch.tensor(0.), torch.tensor([[1.], [0.], [1.]])
 
 
 @pytest.mark.parametrize('zero', UNDETERMINED)
 def test_a_conversion_is_made_where_it_is_determined_and_refused_elsewhere(zero):
-    "zero terminal SNR: ε says nothing about x where α = 0, and a clamp would hide it"
+    "ε says nothing about x where α = 0, and a clamp would hide it"
     x, eps = randn(2, (3, 2), 0)
     alpha, sigma = (0., 2.) if zero == 'alpha' else (2., 0.)
     encoded = lambda name: TARGETS[name]().encode(x, eps, alpha, sigma)
@@ -105,40 +93,29 @@ def test_a_conversion_is_made_where_it_is_determined_and_refused_elsewhere(zero)
         known = torch.zeros_like(x) if infinite else encoded(source)
         got = convert(known, source, target, alpha * x + sigma * eps, alpha, sigma)
         torch.testing.assert_close(got, encoded(target))
-    for tiny in (1e-300, -1e-300, torch.tensor(1e-30), torch.full((3, 1), 1e-30)):
-        convert(x, 'x', 'score', eps, tiny, tiny)
+    for tiny in (1e-300, torch.full((3, 1), 1e-30)): convert(x, 'x', 'score', eps, tiny, tiny)
 
 
-# ---- names, options, shapes
+# ---- shapes
 
 def test_scales_of_each_example_multiply_examples():
-    "also where n is the number of dimensions, and whatever the form: a list, an array, 16 bits"
+    "also where n is the number of dimensions; of 16 bits the result has 32"
     (x, eps), logsnr = randn(2, (3, 3), 1), torch.tensor([-2., 0., 3.], dtype=f64)
     alpha, sigma = SCHEDULES['cosine']().scales(logsnr)
-    column = alpha[:, None], sigma[:, None]
-    z = column[0] * x + column[1] * eps
-    for source, target in itertools.permutations(TARGETS, 2):
-        want = convert(x, source, target, z, *column)
-        for form in (lambda q: q, lambda q: q.numpy(), lambda q: q.tolist(), lambda q: q[:, None]):
-            got = convert(x, source, target, z, form(alpha), form(sigma))
-            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    columns = alpha[:, None], sigma[:, None]
+    z = columns[0] * x + columns[1] * eps
+    for pair in itertools.permutations(TARGETS, 2):
+        of = lambda y, *rest, pair=pair: convert(y, *pair, *rest)
+        torch.testing.assert_close(of(x, z, alpha, sigma), of(x, z, *columns))
         half = [q.bfloat16() for q in (x, z, alpha, sigma)]
-        of = lambda y, *rest, pair=(source, target): convert(y, *pair, *rest)
         assert of(*half).dtype == f32 and torch.equal(of(*half), of(*(q.float() for q in half)))
 
 
-@pytest.mark.parametrize('name, bad, says', [
-    ('alpha', torch.ones(2), 'alpha must be one number for all, or one for each of 3 examples'),
-    ('sigma', torch.ones(3, 2), 'sigma must be one number'), ('z', None, 'z must be'),
-    ('z', torch.ones(3, 1), 'z must have y_hat.s shape'), ('y_hat', 'noise', 'y_hat must be'),
-    ('alpha', True, 'alpha must be')], ids=str)
-def test_what_does_not_fit_is_named(name, bad, says):
+@pytest.mark.parametrize('bad, says', [
+    (dict(alpha=torch.ones(2)), 'alpha must be one number for all, or one for each of 3 examples'),
+    (dict(sigma=torch.ones(3, 2)), 'sigma must be one number'), (dict(z=torch.ones(3, 1)), 'y_hat.s shape')])
+def test_what_does_not_fit_is_named(bad, says):
     good = dict(y_hat=torch.ones(3, 2), z=torch.ones(3, 2), alpha=torch.ones(3), sigma=torch.ones(3))
     for source, target in itertools.permutations(TARGETS, 2):
-        with pytest.raises((TypeError, ValueError), match=says):
-            convert(source=source, target=target, **good | {name: bad})
-
-
-@pytest.mark.parametrize('bad', [0, -1., math.nan, math.inf, '1', True, None], ids=repr)
-def test_a_standard_deviation_of_the_data_that_is_none(bad):
-    with pytest.raises((TypeError, ValueError), match='^sigma_data must be'): F(bad)
+        with pytest.raises(ValueError, match=says): convert(source=source, target=target, **good | bad)
+    with pytest.raises(ValueError, match='sigma_data must be'): F(-1.)
