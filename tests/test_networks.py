@@ -30,7 +30,7 @@ def test_layers_by_hand(dim, width, depth):
 @pytest.mark.parametrize("make, words", [
     (lambda: MLP(width=0), "width must be at least 1"), (lambda: MLP(depth=1), "depth must be at least 2"),
     (lambda: StackedMLP([MLP(), MLP(width=7)]), "one shape"),
-    (lambda: StackedMLP([MLP(), nn.Linear(2, 2)]), "nets must be MLPs"),
+    (lambda: StackedMLP([MLP(), nn.Linear(2, 2)]), "nets must be MLPs, not"),
     (lambda: StackedMLP([MLP(2, 4)]).alone(-1), "m must be from 0 to 0, not -1"),
     (lambda: StackedMLP([MLP(2, 4)]).network(1), "m must be from 0 to 0, not 1")])
 def test_what_is_refused(make, words):
