@@ -1,4 +1,4 @@
-"""Notebooks run beside the tests, on a core that most tests leave idle.
+"""Notebooks run beside the tests, on the cores that these leave idle.
 
 One process imports what notebooks import, and each notebook runs in a fork of it: alone, from top to
 bottom, without the seconds that a new Python needs for torch. conftest.py begins it before the first test,
@@ -21,7 +21,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 IMPORTED = ("IPython.display", "execnb.shell", "fastcore.test", "matplotlib.pyplot", "nbdev.test", "sympy",
             "papermill.parameterize", "papermill.iorw", "torch._dynamo", "lfdm.plots", "lfdm.runs",
             "lfdm.studies")
-WORKERS = max(1, min(CORES - 1, 4))   # one core is for the tests
+WORKERS = max(1, min(CORES, 5))   # they stand back for the tests
 
 
 def job(name, notebook, parameters=None, late=False, cwd=ROOT, **env):
@@ -46,7 +46,6 @@ class Beside:
 
     def outcomes(self):
         "For each job's name its exit status, what it said, and its CPU seconds. Waits for the last."
-        (Path(self.folder.name) / "waiting").touch()   # the tests need their core no more
         code, log = self.process.wait(), Path(self.folder.name) / "log"
         assert code == 0, f"the notebooks did not come to their end: {log.read_text()[-3000:]}"
         return json.loads((Path(self.folder.name) / "outcomes.json").read_text())
@@ -113,13 +112,14 @@ def ended(tests):
 
 
 def main(folder, tests):
+    os.nice(10)
     for name in IMPORTED: importlib.import_module(name)
     jobs, outcomes = json.loads((folder / "jobs.json").read_text()), {}
     (folder / "runs").mkdir()
     for late in (False, True):
         waiting, running = [j for j in jobs if j["late"] == late], {}
         while waiting or running:
-            most = 1 if late else WORKERS + (folder / "waiting").exists()
+            most = 1 if late else WORKERS
             while waiting and len(running) < most:
                 following = waiting.pop(0)
                 log = folder / f"{len(waiting)}-{late}.txt"

@@ -159,6 +159,7 @@ def examples(folder):
         stacks_of=dict(parameters=[p]), make_grid=dict(parameters=[p]),
         make_images=dict(parameters=[images]),
         measure=measured, measured=dict(settings=measured), all_cached=dict(settings=[dict(a=1)]),
+        remembered=dict(parts=(1,)),
         condense=dict(parameters=[p], settings=measured), make_record=dict(parameters=[p], settings=measured),
         load_record=dict(name="sweep", scale="smoke"), network_quality=dict(parameters=points),
         learned_score=dict(logsnr=.5), sample_quality=dict(levels=("cosine", -9., 9.)),
