@@ -5,6 +5,7 @@ bottom, without the seconds that a new Python needs for torch. conftest.py begin
 with the jobs of the modules whose tests want the outcomes, and puts these tests last.
 """
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -24,9 +25,9 @@ IMPORTED = ("IPython.display", "execnb.shell", "fastcore.test", "matplotlib.pypl
 WORKERS = max(1, min(CORES, 5))   # they stand back for the tests
 
 
-def job(name, notebook, parameters=None, late=False, cwd=ROOT, **env):
-    "A notebook to run: as nbdev_test does, or with parameters; after those not late."
-    return dict(name=name, notebook=str(notebook), parameters=parameters, late=late, cwd=str(cwd), env=env)
+def job(name, notebook, parameters=None, after=None, cwd=ROOT, **env):
+    "A notebook to run: as nbdev_test does, or with parameters; after the job of that name has ended."
+    return dict(name=name, notebook=str(notebook), parameters=parameters, after=after, cwd=str(cwd), env=env)
 
 
 # ---- in the tests
@@ -114,21 +115,19 @@ def ended(tests):
 def main(folder, tests):
     os.nice(10)
     for name in IMPORTED: importlib.import_module(name)
-    jobs, outcomes = json.loads((folder / "jobs.json").read_text()), {}
+    gc.collect(), gc.freeze()   # what is imported is not looked through for garbage in every fork
+    waiting, running, outcomes = json.loads((folder / "jobs.json").read_text()), {}, {}
     (folder / "runs").mkdir()
-    for late in (False, True):
-        waiting, running = [j for j in jobs if j["late"] == late], {}
-        while waiting or running:
-            most = 1 if late else WORKERS
-            while waiting and len(running) < most:
-                following = waiting.pop(0)
-                log = folder / f"{len(waiting)}-{late}.txt"
-                running[start(following, folder, log)] = following["name"], log
-            pid, status, used = ended(tests)
-            name, log = running.pop(pid)
-            outcomes[name] = dict(status=os.waitstatus_to_exitcode(status),
-                                  said=log.read_text(errors="replace"),
-                                  seconds=used.ru_utime + used.ru_stime)
+    while waiting or running:
+        free = [job for job in waiting if job["after"] in (None, *outcomes)]
+        for following in free[:WORKERS - len(running)]:
+            waiting.remove(following)
+            log = folder / f"{len(waiting)}.txt"
+            running[start(following, folder, log)] = following["name"], log
+        pid, status, used = ended(tests)
+        name, log = running.pop(pid)
+        outcomes[name] = dict(status=os.waitstatus_to_exitcode(status), said=log.read_text(errors="replace"),
+                              seconds=used.ru_utime + used.ru_stime)
     (folder / "outcomes.json").write_text(json.dumps(outcomes))
 
 

@@ -3,6 +3,8 @@ import numpy as np
 import pytest
 import torch
 
+from lfdm import tasks
+from lfdm.data import DATASETS
 from lfdm.images.parameters import ImageParameters
 from lfdm.parameters import Parameters
 from lfdm.tasks import RUN_KINDS, kind_of, task_of
@@ -43,3 +45,22 @@ def test_the_excess_is_told_beside_the_floor(monkeypatch):
     task = task_of(small())
     found = task.judge(task.new_network(), task.data.test(0), None)
     assert found["excess_ratio"] == found["excess"] / found["floor"] > 0
+
+
+def test_the_exact_answer_on_the_same_points_is_asked_for_once(monkeypatch):
+    "whatever the target; other points, or the same at other levels, are other ones"
+    asked, denoise = [], DATASETS["cluster"].denoise
+    def counted(self, z, alpha, sigma):
+        asked.append(len(z))
+        return denoise(self, z, alpha, sigma)
+    monkeypatch.setattr(DATASETS["cluster"], "denoise", counted)
+    def excess(**kw):
+        task = task_of(small(dataset="cluster", **kw))
+        return task.validation()(lambda z, u: 0 * z)["excess"]
+    tasks._exact.cache_clear()
+    found = [excess(target=target) for target in ("x", "eps", "x")]
+    assert len(asked) == 1 and found[0] == found[2]
+    different = dict(seed=7), dict(schedule="linear"), dict(logsnr_max=5.)
+    for i, kw in enumerate(different): excess(target="x", **kw); assert len(asked) == 2 + i
+    tasks._exact.cache_clear()
+    assert excess(target="x") == found[0]
