@@ -269,12 +269,14 @@ def _ours(mixture, *methods):
     "Are its methods those of GaussianMixture? What is kept of a subclass of others would depend on these."
     return all(getattr(type(mixture), name) is getattr(GaussianMixture, name) for name in methods)
 
-_QUADRATURE = _v_floors, _quadrature_axes, _near_components, _component_masses, _mixture_sum, checked_level
+_QUADRATURE = (_v_floors, _quadrature_axes, _LONG, _near_components, _component_masses, _mixture_sum,
+               checked_level)
 
 def _v_floor_table(mixture):
     "The log of the v-floor as a spline over logsnr, and the range it covers."
     from scipy.interpolate import CubicSpline
-    parts = mixture.weights, mixture.means, mixture.stds, GaussianMixture.eps_error, *_QUADRATURE
+    ours = GaussianMixture.eps_error, GaussianMixture._axes
+    parts = mixture.weights, mixture.means, mixture.stds, *ours, *_QUADRATURE
     def make(): return _v_floors(mixture)
     found = remembered('floors', make, parts) if _ours(mixture, 'eps_error', '_axes') else make()
     logsnr, log_v = found['logsnr'], found['log_v']

@@ -61,7 +61,7 @@ class _Exact:
     def __init__(self, data): self.data, self.last = data, {}
 
     def __call__(self, z, alpha, sigma):
-        key = key_of(z, alpha, sigma)
+        key = key_of(z.device, z, alpha, sigma)
         if key not in self.last: self.last[key] = self.data.denoise(z, alpha, sigma)
         while len(self.last) > 4: del self.last[next(iter(self.last))]
         return self.last[key]

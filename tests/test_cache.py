@@ -12,6 +12,7 @@ from lfdm import data, evaluation
 from lfdm.cache import cached_arrays, key_of, npz_bytes, remembered
 from lfdm.core import typed
 from lfdm.data import Cluster, Ring
+from tiny import same
 
 
 @pytest.fixture(autouse=True)
@@ -71,10 +72,6 @@ def test_nothing_is_kept_of_a_set_that_is_not_known(folder):
 
 ARRAYS = {"a": np.arange(600.).reshape(2, 300), "b": np.array(3, dtype=np.int16), "c": np.array(["x", "yy"]),
           "d": np.zeros((0, 2), np.float16)}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
 def counted():

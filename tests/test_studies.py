@@ -31,6 +31,7 @@ from lfdm.studies import (
     npz_bytes,
     sample_quality,
 )
+from tiny import same
 
 SMALL = dict(dataset="cluster", epochs=2, width=8, batch_size=50_000, sample_steps=4, n_samples=50)
 ASKED = grid(target=["x", "v"], seed=[1, 0], **SMALL)
@@ -52,10 +53,6 @@ def record(runs): return condense(ASKED, "study-smoke", MEASURED)
 def place_for_all(tmp_path, monkeypatch):
     monkeypatch.setenv("LFDM_RUNS", str(tmp_path))
     return tmp_path
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
 # --- the record

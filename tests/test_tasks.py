@@ -1,4 +1,6 @@
 "Attempts to break lfdm.tasks: both kinds of runs keep one contract."
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -64,3 +66,13 @@ def test_the_exact_answer_on_the_same_points_is_asked_for_once(monkeypatch):
     for i, kw in enumerate(different): excess(target="x", **kw); assert len(asked) == 2 + i
     tasks._exact.cache_clear()
     assert excess(target="x") == found[0]
+
+
+def test_answers_on_another_device_are_others():
+    "even where all numbers are the same"
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda")
+    answers = iter(["here", "there"])
+    exact = tasks._Exact(SimpleNamespace(denoise=lambda *given: next(answers)))
+    z, one = torch.ones(3, 2), torch.ones(3, 1)
+    assert [exact(x, one, one) for x in (z, z.as_subclass(Elsewhere), z)] == ["here", "there", "here"]

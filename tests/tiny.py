@@ -55,6 +55,11 @@ def tree(folder):
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in paths}
 
 
+def same(a, b):
+    "Have two dicts the same arrays, of the same types?"
+    return a.keys() == b.keys() and all(np.array_equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
 def part(p, root): return beside(folder_of(p, root=root), "partial")
 
 

@@ -66,8 +66,8 @@ def stage():
         stand_in.chmod(0o755)
         env = os.environ | {"PATH": os.environ["PATH"] + os.pathsep + folder, "PYTHONPATH": str(ROOT)}
         # each page has a shell of its own, and all of them would collect the garbage of all at the end
-        code = ("import os; from nbdev.quarto import nbdev_proc_nbs; "
-                f"nbdev_proc_nbs(path={str(pages)!r}, n_workers=0); os._exit(0)")
+        code = ("import os, sys; from nbdev.quarto import nbdev_proc_nbs; "
+                f"nbdev_proc_nbs(path={str(pages)!r}, n_workers=0); sys.stdout.flush(); os._exit(0)")
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True)
     for path in STAGE.rglob("*.ipynb"):
         text = path.read_text(encoding="utf-8")
