@@ -3,7 +3,7 @@
 # its own set-up (.venv, the pinned packages), once.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup figures draw study train lint test lab docs export lock clean
+.PHONY: help setup figures draw study train lint test lab benchmark docs export lock clean
 
 # The Python that makes .venv: the first of these that is new enough and has venv.
 # Another one: `make PYTHON=/path/to/python`.
@@ -23,9 +23,12 @@ out ?= runs/train.ipynb
 # The kernel `python3` is the one of .venv, whatever kernels the user has. Bytecode is kept: without it every process compiles torch anew.
 unexport JUPYTER_PATH PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 export JUPYTER_PREFER_ENV_PATH := 1
+# glibc keeps memory that is freed: a training step wants the same megabytes again (the second's limit is 32 MB).
+export MALLOC_TRIM_THRESHOLD_ := 1073741824
+export MALLOC_MMAP_THRESHOLD_ := 33554432
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
 
 setup: $(READY) ## make .venv with the pinned packages (the other targets do this by themselves)
 	@echo ".venv is ready"
@@ -75,6 +78,10 @@ test: $(READY) lint ## run every test: lint, exports, README, links, packaging, 
 
 lab: $(READY) ## open JupyterLab on the notebooks
 	@$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs $(args)
+
+benchmark: $(READY) ## what a network of the study and a training step cost, beside the arithmetic alone (args=--quick: a minute and a half)
+	@$(PY) benchmarks/study.py $(args)
+	@$(PY) benchmarks/training.py $(args)
 
 docs: $(READY) ## build the site into _docs (with Quarto where it is installed)
 	@$(PY) tools/docs.py

@@ -1,10 +1,11 @@
 """How fast is a training step? Ratios in one run, on the machine it runs on.
 
-    .venv/bin/python -m uv pip install smalldiffusion==0.5.0   # the peer; not needed by anything else
+    .venv/bin/python -m uv pip install smalldiffusion==0.5.0   # the peer; without it the table leaves it out
     .venv/bin/python benchmarks/training.py                    # two minutes; writes benchmarks/training.md
+    .venv/bin/python benchmarks/training.py --quick            # half a minute, printed and not written
 
-Everything trains the same network (seven layers, width 128) on batches of 512 points in float32, whole steps:
-batch, times, noise, forward, backward, Adam. Per model-step:
+Everything trains the same network (seven layers, width 128) on batches of 512 points in float32, whole
+steps: batch, times, noise, forward, backward, Adam. Per model-step:
 
 - smalldiffusion's training loop, fed ready-made batches, so that its data loader costs it next to nothing;
 - a plain PyTorch loop: plain noise error, fused Adam, nothing else;
@@ -13,8 +14,11 @@ batch, times, noise, forward, backward, Adam. Per model-step:
 - the arithmetic alone: 6 operations per weight and example, at the fastest matrix product of the same round.
 
 The contestants take turns, round by round, so that a machine that slows down slows all of them. The table
-has the medians over rounds.
+has the medians over rounds, and the lowest and the highest. The share of the limit comes first: the peer's
+own time moves between machines more than the rest.
 """
+import argparse
+import importlib.util
 import platform
 import statistics
 import time
@@ -29,7 +33,7 @@ from lfdm.losses import DiffusionLoss
 from lfdm.networks import MLP, StackedMLP
 from lfdm.training import TrainState, train, train_stack
 
-BATCH, STEPS, ROUNDS, STACKS, PROCESSES = 512, 97, 7, (2, 4, 8, 16), torch.get_num_threads()
+BATCH, STEPS, STACKS, PROCESSES = 512, 97, (2, 4, 8, 16), torch.get_num_threads()
 LOSS = DiffusionLoss("cosine", "eps", "weighted")
 DATA = DATASETS["ring"]().sample(BATCH * STEPS)
 FLOPS = 6 * BATCH * sum(p.numel() for p in MLP().parameters() if p.ndim == 2)
@@ -102,31 +106,37 @@ def processes(m):
 
 
 def main():
-    contestants = {"smalldiffusion": smalldiffusion, "plain PyTorch loop": plain, "lfdm, one network": alone}
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args().quick
+    rounds = 2 if quick else 7
+    peers = {"smalldiffusion": smalldiffusion} if importlib.util.find_spec("smalldiffusion") else {}
+    contestants = peers | {"plain PyTorch loop": plain, "lfdm, one network": alone}
     contestants |= {f"lfdm, {m} stacked": (lambda m=m: stacked(m)) for m in STACKS}
     contestants |= {f"lfdm, {PROCESSES} processes of {m} stacked": (lambda m=m: processes(m)) for m in (2, 4)}
     for m in (2, 4): processes(m)     # starts them
     times, limits = {name: [] for name in contestants}, []
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         limits.append(FLOPS / peak())
         for name, run in contestants.items(): times[name].append(run())
         print(".", end="", flush=True)
-    median = {name: statistics.median(t) for name, t in times.items()}
-    limit = statistics.median(limits)
-    peer = median["smalldiffusion"]
-    row = lambda name, t: f"| {name} | {1e3 * t:.2f} | {peer / t:.2f} | {100 * limit / t:.0f} % |"
-    rows = ["| | ms per model-step | times smalldiffusion | of the arithmetic's speed |",
-            "|---|---:|---:|---:|"]
-    rows += [row(name, t) for name, t in (median | {"the arithmetic alone": limit}).items()]
+    times |= {"the arithmetic alone": limits}
+    limit, first = statistics.median(limits), next(iter(contestants))
+    reference = statistics.median(times[first])
+    rows = [f"| | share of the limit | ms per model-step | times {first} |", "|---|---:|---:|---:|"]
+    for name, t in times.items():
+        ms, low, high = (1e3 * f(t) for f in (statistics.median, min, max))
+        rows.append(f"| {name} | {100e3 * limit / ms:.0f} % | {ms:.2f} ({low:.2f} to {high:.2f}) "
+                    f"| {1e3 * reference / ms:.2f} |")
     about = (f"Written by `benchmarks/training.py`: 7 layers of width 128, batch {BATCH}, float32, "
              f"{torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}, "
              f"{platform.machine()}; "
-             f"medians of {ROUNDS} rounds of {STEPS} steps, in turns; "
+             f"medians of {rounds} rounds of {STEPS} steps, in turns (lowest to highest); "
              f"fastest matrix product {FLOPS / limit / 1e9:.0f} GFLOP/s. "
              "Only the ratios mean anything elsewhere.")
     text = "# Training steps\n\n" + "\n".join(rows) + f"\n\n{about}\n"
     print("\n\n" + text)
-    Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
+    if not quick: Path(__file__).with_suffix(".md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__": main()

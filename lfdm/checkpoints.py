@@ -26,11 +26,13 @@ from .core import number, shown, typed, write_whole
 def training_options(ema: float = None,   # decay of the average of the weights, from 0 to 1; None: no average
                      clip: float = None,  # largest norm of a network's gradient; None: as it is
                      warmup: int = 0,     # steps over which the learning rate rises
-                    ) -> dict:            # the three, checked; raises TypeError or ValueError
+                     cooldown: int = 0,   # last steps, over which it falls to 0
+                    ) -> dict:            # the four, checked; raises TypeError or ValueError
     "The options of a training step."
     return {'ema': None if ema is None else _checked_ema(number('ema', ema)),
             'clip': None if clip is None else number('clip', clip, low=0, high=1e9, above=True),
-            'warmup': number('warmup', warmup, low=0, high=1e9, integer=True)}
+            'warmup': number('warmup', warmup, low=0, high=1e9, integer=True),
+            'cooldown': number('cooldown', cooldown, low=0, high=1e9, integer=True)}
 
 # %% ../nbs/library/68_checkpoints.ipynb #b96fb284
 def _checked_ema(ema):

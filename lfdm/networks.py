@@ -41,7 +41,7 @@ def _linears(net): return [layer for layer in net.layers if isinstance(layer, nn
 def _stacked(weights, biases, z, u):
     "All layers of M networks; weights (M, in, out), biases (M, 1, out)."
     h = torch.cat([z, 2 * u[..., None] - 1], -1)
-    for i, (w, b) in enumerate(zip(weights, biases)): h = torch.baddbmm(b, h.relu_() if i else h, w)
+    for i, (w, b) in enumerate(zip(weights, biases)): h = torch.bmm(h.relu_() if i else h, w).add_(b)
     return h
 
 def _require_one_shape(nets):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RESULTS_VERSION', 'RANGE_FIELDS', 'ALSO_JUDGED_BY', 'whole_number', 'name_in', 'choice_in', 'schedule_named',
-           'checked_schedule', 'checked_kind', 'require_enough', 'require_fields', 'RunParameters', 'Parameters',
-           'valid_names', 'parameters_from']
+           'checked_schedule', 'checked_kind', 'require_enough', 'require_fields', 'checked_precision', 'RunParameters',
+           'Parameters', 'valid_names', 'parameters_from']
 
 # %% ../nbs/library/92_parameters.ipynb #dad9f54f
 import dataclasses
@@ -23,6 +23,7 @@ from .losses import DiffusionLoss
 from .schedules import SCHEDULES, Schedule
 from .steps import SAMPLERS
 from .targets import TARGETS, Target
+from .training import PRECISIONS
 from .weightings import WEIGHTINGS, Weighting
 
 # %% ../nbs/library/92_parameters.ipynb #081b0867
@@ -112,6 +113,13 @@ def _checked_word(field, value):
     if not isinstance(value, str): raise TypeError(f'{field} must be a word, not {shown(value)}.')
     return value
 
+def checked_precision(field: str, # its name
+                      value,      # what the user gave
+                     ) -> str:    # one of PRECISIONS; raises TypeError, ValueError
+    "How a network is computed."
+    if _checked_word(field, value) not in PRECISIONS: raise ValueError(unknown(field, value, PRECISIONS))
+    return value
+
 def _one_name(words):
     "Words without what leads to another folder or line, and no longer than a file's name may be."
     plain = ''.join('_' if c in '/\\' or not c.isprintable() else c for c in words)
@@ -138,6 +146,7 @@ class RunParameters:
     ema: float = None            # decay of the average of the weights, which is then judged; None: no average
     clip: float = None           # largest norm of the gradient; None: as it is
     warmup: int = 0              # steps over which the learning rate rises
+    cooldown: int = 0            # last steps, over which it falls to 0
 
     kind = None           # what a record of it is of: 'points', 'images'
     ADDED = ()            # fields that the first records do not have
@@ -160,7 +169,7 @@ class RunParameters:
         values.update(checked_schedule(self.schedule, self.logsnr_min, self.logsnr_max))
         ends = {k: values[k] for k in RANGE_FIELDS}
         with _range_named(self.schedule, ends): self.loss()   # refuses what cannot be trained
-        values.update(training_options(self.ema, self.clip, self.warmup))
+        values.update(training_options(self.ema, self.clip, self.warmup, self.cooldown))
         device = checked_device(self.device)
         values['device'] = str(device) if device.type == 'cuda' else device.type   # in one spelling
 
@@ -205,11 +214,13 @@ class Parameters(RunParameters):
     "The parameters of one run on a 2D set."
     dataset: str = 'ring'        # a name in DATASETS
     width: int = 128             # units of the network's hidden layers
+    precision: str = 'float32'   # of the network's products in training: 'float32' or 'bf16'
 
     kind = 'points'
-    ADDED = ('ema', 'clip', 'warmup')
+    ADDED = ('ema', 'clip', 'warmup', 'cooldown', 'precision')
     NAMES = {'dataset': DATASETS} | RunParameters.NAMES
-    CHECKS = {'dataset': name_in(DATASETS)} | RunParameters.CHECKS | {'width': whole_number(1, 1e5)}
+    CHECKS = {'dataset': name_in(DATASETS), 'width': whole_number(1, 1e5),
+              'precision': checked_precision} | RunParameters.CHECKS
 
     def __post_init__(self):
         super().__post_init__()

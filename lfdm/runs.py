@@ -408,7 +408,8 @@ def _train(task: Task,       # of the run
     "Train the network of a run."
     p, main = task.parameters, _is_main(accelerator)
     loss, name = p.loss(), p.slug()
-    state = TrainState(task.new_network(), p.lr, p.seed, p.ema, p.clip, p.warmup, [loss.schedule])
+    state = TrainState(task.new_network(), p.lr, p.seed, p.ema, p.clip, p.warmup, p.cooldown,
+                       [loss.schedule])
     if checkpoint.exists(): state.load(checkpoint, name)
     first, start = state.epoch, time.monotonic()
     saved = start
@@ -472,17 +473,17 @@ def _make(folder, task, progress, accelerator):
             if not _is_complete(work): _finish(task, work, progress, accelerator)
 
 # %% ../nbs/library/95_runs.ipynb #89a38dae
-UNITS = {'train': 'epoch', 'sample': 'step', 'stack': 'stack',
+UNITS = {'train': 'epoch', 'sample': 'step',
          'images': 'image', 'bound': 'image', 'fid': 'image'}
 
 def progress_bar():  # a callback for make_run
     "A progress bar for each phase of a run."
     from tqdm import tqdm
-    bars = {}
+    bars, grid = {}, dict(smoothing=0, bar_format='{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]')
     def progress(phase, done, total):
         if phase not in bars or done < bars[phase].n:
             bars[phase] = tqdm(total=total, initial=done, desc=f'{phase:>6}', unit=UNITS.get(phase, 'it'),
-                               mininterval=1, ncols=80)
+                               mininterval=1, ncols=80, **grid if phase == 'grid' else {})
         bars[phase].update(done - bars[phase].n)
         if done == total: bars[phase].close()
     return progress

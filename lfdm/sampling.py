@@ -9,6 +9,7 @@ __all__ = ['sampling', 'checked_schedule', 'checked_shape', 'sample', 'stack_den
 import inspect
 import math
 from collections.abc import Callable
+from itertools import groupby
 
 import torch
 
@@ -206,12 +207,14 @@ def stack_denoiser(net: StackedMLP,   # M networks
     targets = [instance(TARGETS, target, 'target in targets:', Target) for target in targets]
     if len(net) != len(targets):
         raise ValueError(f"{len(net)} networks need as many targets, not {len(targets)}.")
+    groups = [list(group) for _, group in groupby(targets, lambda target: (type(target), vars(target)))]
+    sizes, firsts = [len(group) for group in groups], [group[0] for group in groups]
     def denoiser(z, level):
         flat = lambda a, u: net(a.view(z.shape), u.view(z.shape[:2])).flatten(0, 1)
-        y_hat = predict(flat, z.flatten(0, 1), level).view(z.shape)
-        alone = list(zip(targets, y_hat, z))
-        x_hat = torch.stack([target.to_x(y, a, level.alpha, level.sigma) for target, y, a in alone])
-        eps_hat = torch.stack([target.to_eps(y, a, level.alpha, level.sigma) for target, y, a in alone])
+        y_hat, scales = predict(flat, z.flatten(0, 1), level).view(z.shape), (level.alpha, level.sigma)
+        parts = list(zip(firsts, y_hat.split(sizes), z.split(sizes)))
+        x_hat = torch.cat([target.to_x(y, a, *scales) for target, y, a in parts])
+        eps_hat = torch.cat([target.to_eps(y, a, *scales) for target, y, a in parts])
         return x_hat, eps_hat
     return denoiser
 

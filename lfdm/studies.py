@@ -474,7 +474,8 @@ def condense(parameters: list,   # of Parameters
     _require_measurable(parameters, settings)
     workers, report = number('workers', workers, low=1, integer=True), progress or _quiet
     runs, diverged = make_grid(parameters, study, progress=report, stack=stack, workers=workers)
-    arrays = _in_turn([delayed(measured)(run.folder, settings) for run in runs.values()], workers, report)
+    asked = [delayed(measured)(folder, settings) for folder in runs.folders.values()]
+    arrays = _in_turn(asked, workers, report)
     found = sorted(zip(map(flat, runs.values()), arrays), key=lambda pair: pair[0]['seed'])   # stable
     rows, arrays = zip(*found)
     first = [row['seed'] for row in rows].count(rows[0]['seed'])   # the first seed's runs come first

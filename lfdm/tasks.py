@@ -22,7 +22,7 @@ from .networks import MLP
 from .parameters import ALSO_JUDGED_BY, Parameters, RunParameters
 from .sampling import sample
 from .steps import network_denoiser
-from .training import TrainState, train
+from .training import TrainState, train, with_precision
 from .validation import ValidationSet
 
 # %% ../nbs/library/94_tasks.ipynb #18478e42
@@ -122,7 +122,8 @@ class PointsTask:
         p = self.parameters
         x = self.data.train(p.seed).to(p.device)
         progress('train', state.epoch, p.epochs)
-        for reached in train(state, loss, x, p.epochs, p.batch_size, self.validation()):
+        forward = with_precision(state.net, p.precision)
+        for reached in train(state, loss, x, p.epochs, p.batch_size, self.validation(), forward=forward):
             yield reached
             progress('train', reached.epoch, p.epochs)
 

@@ -29,7 +29,7 @@ from lfdm.weighted_elbo import exact_elbos
 LEFT = {
     **dict.fromkeys(["name_in", "choice_in", "whole_number", "rowwise"], "makes a door or a method"),
     **dict.fromkeys(["write_record", "locked", "work_folder", "beside", "Run"], "a part of make_run"),
-    **dict.fromkeys(["train_stacked", "sample_stacked", "side_by_side"], "a part of make_grid"),
+    **dict.fromkeys(["train_stacked", "sample_stacked", "side_by_side", "Runs"], "a part of make_grid"),
     **dict.fromkeys(["DownBlock", "UpBlock", "MidBlock", "ResBlock", "AttentionBlock"], "a part of UNet"),
     **dict.fromkeys(["Schedule", "BellSchedule", "Target", "Weighting", "LogSNRWeighting", "EpsFactor",
                      "RunParameters", "Dataset", "ImageSet", "Objective"], "abstract: its kinds are swept"),
@@ -57,7 +57,8 @@ LONG = {"steps", "points", "draws", "projections", "n", "repeats", "epochs", "ba
 
 NUMBERS = dict(
     n=3, k=4, m=5, seed=0, steps=2, points=21, bins=4, repeats=2, draws=2, chunk=2, batch_size=2, dim=2,
-    dims=4, width=8, depth=2, epochs=1, warmup=2, max_steps=500, arrows=3, real=50, columns=2, gap=1,
+    dims=4, width=8, depth=2, epochs=1, warmup=2, cooldown=2, left=1, max_steps=500, arrows=3, real=50,
+    columns=2, gap=1,
     moment=1, T=20, levels=17, n_train=4, n_test=4, workers=1, stack=2, inputs=8, outputs=8, out=8,
     channels=1, classes=10, heads=1, layers=1, time=8, threads=1, projections=4, mid=1, halvings=1,
     features=4, alpha=0.8, sigma=0.6, low=-5.0, high=5.0, size=0.1, std=0.5, decay=0.9, uniform=0.1,

@@ -11,8 +11,8 @@ from photos import TINY, numbered, write
 
 OTHER = dict(target="v", weighting="nelbo", schedule="linear", logsnr_min=-9, logsnr_max=9, epochs=4,
              batch_size=63, lr=1e-3, seed=1, sampler="ddim", sample_steps=6, n_samples=51,
-             dataset="templates", judged=9, network="small(width=4)", ema=None, clip=2, warmup=10, flip=True,
-             precision="bf16", compiled=True)
+             dataset="templates", judged=9, network="small(width=4)", ema=None, clip=2, warmup=10, cooldown=9,
+             flip=True, precision="bf16", compiled=True)
 
 
 @pytest.mark.parametrize("content", [

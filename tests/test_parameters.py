@@ -19,7 +19,7 @@ from tiny import Tiny, register, small
 REFUSED = (ValueError, TypeError)
 OTHER = dict(target="v", weighting="nelbo", schedule="linear", logsnr_min=-9, logsnr_max=9, epochs=4, lr=2e-3,
              batch_size=99, width=7, seed=1, sampler="ddim", sample_steps=6, n_samples=51, dataset="ring",
-             ema=.99, clip=1, warmup=10)
+             ema=.99, clip=1, warmup=10, cooldown=10, precision="bf16")
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +48,7 @@ def test_limits():
 @pytest.mark.parametrize("name", RUN_KINDS)
 def test_every_field_is_checked_and_every_registry_shown(name):
     kind = kind_of(name)
-    together = {"schedule", *RANGE_FIELDS, "ema", "clip", "warmup", "device"}
+    together = {"schedule", *RANGE_FIELDS, "ema", "clip", "warmup", "cooldown", "device"}
     assert set(kind.CHECKS) | together == {f.name for f in dataclasses.fields(kind)}
     for field, registry in kind.NAMES.items():
         assert f"| `{field}` | `{'`, `'.join(registry)}` |" in valid_names(kind)

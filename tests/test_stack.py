@@ -13,7 +13,7 @@ from lfdm.weightings import WEIGHTINGS, LogSNRWeighting
 from trained import DATA, LOSS, Learning, X, new_net, new_stack, new_state, same, stacked, trained
 
 SETS = [DATA.sample(101, seed=m) for m in range(5)]
-ALL = dict(ema=.9, clip=.05, warmup=5)   # three steps an epoch: the warm-up ends in the second
+ALL = dict(ema=.9, clip=.05, warmup=2, cooldown=2)   # three steps
 REGISTRIES = SCHEDULES, TARGETS, WEIGHTINGS
 TRIPLES = st.tuples(*(st.sampled_from(list(registry)) for registry in REGISTRIES)).filter(
     lambda t: not SCHEDULES[t[0]].learned or issubclass(WEIGHTINGS[t[2]], LogSNRWeighting))

@@ -11,6 +11,7 @@ from lfdm.networks import MLP
 from lfdm.training import (
     TrainState,
     clip_gradients,
+    cooled_down,
     ema_decay,
     train,
     warmed_up,
@@ -128,6 +129,21 @@ def test_the_decay_and_the_warm_up_rise_to_their_value_and_stay():
     assert ema_decay(.05, 0) == .05 and warmed_up(0, 0) == warmed_up(0, 1) == 1
     rates = [lr for _, _, lr in each_step(new_state(lr=.1, warmup=4), 5)]
     assert rates == pytest.approx([.025, .05, .075, .1, .1])
+
+
+def test_the_rate_falls_to_nothing_with_the_last_step():
+    "also where training goes on: the end that counts is the one that was last asked for"
+    def rates(state, epochs, seen):
+        for p in state.optimizer.param_groups: p["lr"] = None   # set anew at each step
+        progress = lambda *_: seen.append(state.optimizer.param_groups[0]["lr"])
+        for _ in train(state, LOSS, X, epochs, 34, progress=progress): pass   # three steps an epoch
+        return seen
+    state = new_state(lr=1., warmup=2, cooldown=4)
+    assert rates(state, 2, []) == pytest.approx([.5, 1, 1, .75, .5, .25])
+    assert rates(state, 4, []) == pytest.approx([1, 1, 1, .75, .5, .25])
+    with pytest.raises(ValueError, match="needs to know the last step.*ends_with"):
+        new_state(cooldown=1).descend(LOSS(new_net(), X).mean())
+    assert cooled_down(0, 3) == 0 and cooled_down(7, 0) == cooled_down(3, 3) == 1
 
 
 def test_validation_sees_the_average_and_does_not_change_training():

@@ -14,11 +14,10 @@ from functools import partial
 
 import torch
 
-from ..core import from_spec, number, shown, typed, unknown
+from ..core import from_spec, number, shown, typed
 from .data import IMAGES, ImageSet
 from .unet import UNETS, unet
-from ..parameters import RunParameters, require_enough, whole_number
-from ..training import PRECISIONS
+from ..parameters import RunParameters, checked_precision, require_enough, whole_number
 
 # %% ../../nbs/library/93_image_parameters.ipynb #9e99ca57
 CONTENT = re.compile(r'[1-9]\d*(x[1-9]\d*){2}, \d+ values, [0-9a-f]{8}(, compressed with loss)?')
@@ -39,10 +38,6 @@ def _checked_content(field, value):
     if value is None or CONTENT.fullmatch(_checked_word(field, value)): return value
     raise ValueError("content is found from the images, such as '1x16x16, 17 values, 3d019220', "
                      f'and not {shown(value)}.')
-
-def _checked_precision(field, value):
-    if _checked_word(field, value) not in PRECISIONS: raise ValueError(unknown(field, value, PRECISIONS))
-    return value
 
 def _require_one_place(name, path):
     "Check that a folder is given to a set that has one, and once."
@@ -128,6 +123,7 @@ class ImageParameters(RunParameters):
     judged: int = 1000           # test images that the loss and bits/dim are measured on, at most
 
     kind = 'images'
+    ADDED = ('cooldown',)
     UNCOUNTED = ('path',)
     NAMES = {'dataset': IMAGES, 'network': UNETS} | RunParameters.NAMES
     CHECKS = {
@@ -137,7 +133,7 @@ class ImageParameters(RunParameters):
         'network': _checked_word,
         'path': _checked_path,
         'content': _checked_content,
-        'precision': _checked_precision,
+        'precision': checked_precision,
         **RunParameters.CHECKS,
         'judged': whole_number(2, 1e8)}
 
