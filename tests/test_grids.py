@@ -9,11 +9,12 @@ import pytest
 import torch
 from filelock import FileLock
 from hypothesis import given, strategies as st
+from joblib import delayed
 
 from kills import ended
 from lfdm import grids
 from lfdm.data import DATASETS
-from lfdm.grids import SHARED, _busiest, grid, make_grid, stacks_of
+from lfdm.grids import KEEPS_MEMORY, SHARED, _busiest, grid, make_grid, side_by_side, stacks_of
 from lfdm.images.parameters import ImageParameters
 from lfdm.parameters import Parameters
 from lfdm.runs import beside, folder_of, load_run, make_run
@@ -143,6 +144,11 @@ def test_the_runs_of_a_grid_are_read_when_they_are_asked_for(tmp_path, whole):
     assert runs[others[0]].summary and p in runs
     (folder_of(others[0], root=tmp_path) / "summary.json").unlink()
     with pytest.raises(ValueError, match="damaged: summary.json missing"): make_grid(others, root=tmp_path)
+
+
+def test_workers_keep_the_memory_that_they_free():
+    keeps = side_by_side([delayed(os.environ.get)(name) for name in KEEPS_MEMORY], 2, ordered=True)
+    assert list(keeps) == list(KEEPS_MEMORY.values())
 
 
 def test_products_in_bf16(tmp_path):
