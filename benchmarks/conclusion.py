@@ -170,8 +170,9 @@ def reported(recipe, seconds):
 
 def in_bf16(options, budget):
     "A Markdown table: the excess with products in bf16 over that in float32."
-    plain, rough = (excesses(options | more, REPORTED_ON, (budget,))[..., 0]
-                    for more in ({}, dict(precision="bf16")))
+    budgets = (budget,) if "cooldown" in options else BUDGETS   # a training with all of them is there
+    plain = excesses(options, REPORTED_ON, budgets)[..., budgets.index(budget)]
+    rough = excesses(options | dict(precision="bf16"), REPORTED_ON, (budget,))[..., 0]
     ratio = np.log(rough / plain)   # (target, set, seed)
     rows = [f"| target | {' | '.join(SETS)} | all sets |", f"|---|{'---:|' * (len(SETS) + 1)}"]
     for target, of_sets in zip(TARGETS, ratio):

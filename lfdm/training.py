@@ -140,6 +140,7 @@ class TrainState:
         self.optimizer.step()
         if ema is not None: self._follow(ema_decay(ema, self.steps))
         self.steps += 1
+        if self.steps % 100 == 0: self._forget()
 
     @typed
     def ends_with(self,
@@ -153,6 +154,12 @@ class TrainState:
         if self.last is not None: return max(self.last - self.steps, 0)
         if not self.options['cooldown']: return 0
         raise ValueError('a cooldown needs to know the last step: call state.ends_with(steps) first.')
+
+    def _forget(self):
+        "Drop what is left of gradients that have ceased."
+        for moments in self.optimizer.state.values():
+            m = moments['exp_avg']
+            m.masked_fill_(m.abs() < 1e-30, 0)
 
     def _follow(self, decay):
         "Move the average towards the weights; what is no weight is copied."

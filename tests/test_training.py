@@ -180,3 +180,18 @@ def test_nan_in_training():
     state = new_state(lr=1e20)
     with pytest.raises(FloatingPointError, match=r"epoch \d+ .*Eps.*lr 1e\+20.*Lower lr"): trained(state, 50)
     assert len(state.history) == state.epoch and all(math.isfinite(h["train_loss"]) for h in state.history)
+
+
+def test_means_of_gradients_that_ceased_do_not_become_slow():
+    "dead units: what is left of their gradients is dropped before it is too small for fast arithmetic"
+    def trained_for(steps, forgets):
+        state = new_state(lr=.01)
+        with torch.no_grad(): state.net.layers[0].bias[:4] = -100.   # these units are dead from the start
+        state.descend(state.net.layers[0](torch.zeros(1, 3)).square().mean())   # the last gradient they get
+        if not forgets: state._forget = lambda: None
+        for _ in range(steps):
+            state.descend(LOSS(state.net, X, generator=state.generators[0]).mean())
+        means = torch.cat([m["exp_avg"].flatten() for m in state.optimizer.state.values()])
+        return state.net, ((means != 0) & (means.abs() < 1e-37)).sum().item()
+    (with_it, slow), (without, slow_without) = (trained_for(850, forgets) for forgets in (True, False))
+    assert slow == 0 < slow_without and same(with_it, without)
