@@ -140,8 +140,9 @@ def tuning(seconds):
         times = [seconds[name] * epochs_to_goal(e, budgets) for e in excess]
         cost[name] = math.exp(np.mean(np.log(times)))
         limit = seconds[name] * budgets[-1]
-        cells = (shown(t, ".1f", limit) for t in (*times, cost[name]))
-        rows.append(f"| {name} | {seconds[name]:.2f} | {' | '.join(cells)} |")
+        cells = " | ".join(shown(t, ".1f", limit) for t in times)
+        mean = "" if cost[name] == math.inf else f"{cost[name]:.2f}"
+        rows.append(f"| {name} | {seconds[name]:.2f} | {cells} | {mean} |")
     return "\n".join(rows), min(cost, key=cost.get)
 
 
@@ -156,7 +157,7 @@ def reported(recipe, seconds):
     heads = [*(f"{e} epochs" for e in BUDGETS), "epochs to 1.5 %", "CPU-s"]
     rows = [f"| recipe | target | {' | '.join(heads)} |", f"|---|---|{'---:|' * len(heads)}"]
     for name, options in {PLAIN: recipes()[PLAIN], recipe: recipes()[recipe]}.items():
-        budgets = BUDGETS[:-1] if "cooldown" in options else BUDGETS
+        budgets = BUDGETS if name == PLAIN else BUDGETS[:-1]
         for target, excess in zip(TARGETS, excesses(options, REPORTED_ON, budgets)):
             per_seed = np.log(excess).mean(0)
             percent = (tuple(100 * q for q in interval(logs)) for logs in per_seed.T)
@@ -170,7 +171,7 @@ def reported(recipe, seconds):
 
 def in_bf16(options, budget):
     "A Markdown table: the excess with products in bf16 over that in float32."
-    budgets = (budget,) if "cooldown" in options else BUDGETS   # a training with all of them is there
+    budgets = BUDGETS[:-1]   # as reported
     plain = excesses(options, REPORTED_ON, budgets)[..., budgets.index(budget)]
     rough = excesses(options | dict(precision="bf16"), REPORTED_ON, (budget,))[..., 0]
     ratio = np.log(rough / plain)   # (target, set, seed)

@@ -45,7 +45,7 @@ NETWORKS = {  # scale -> the axes of the thesis's networks, without target and w
     'smoke': dict(seed=[0], dataset=['cluster'], epochs=2, width=8, batch_size=10_000,
                   sample_steps=8, n_samples=60)}
 
-SCREENING = dict(lr=4e-3, ema=0.999, epochs=20)   # which of many losses are worth a full training?
+SCREENING = dict(lr=2e-3, ema=0.999, epochs=20)   # which of many losses are worth a full training?
 
 # %% ../nbs/library/98_studies.ipynb #2efac08a
 @typed
