@@ -81,6 +81,12 @@ class Choice:
         text = ', '.join(f'{k}={v:g}' if isinstance(v, Real) else f'{k}={v}' for k, v in options.items())
         return f'{type(self).__name__}({text})'
 
+    def exactly(self):
+        "Class and options, not rounded as in repr: numbers and words by value, all else by identity."
+        names = inspect.signature(type(self)).parameters
+        values = (getattr(self, k, self) for k in names)   # itself where it does not keep one
+        return type(self), *(v if isinstance(v, (Real, str)) else id(v) for v in values)
+
 # %% ../nbs/library/00_core.ipynb #c9b85928
 def _call(text):
     "The call that a text such as 'sigmoid(k=3)' is, parsed; None if it is no call, or too deep to read."

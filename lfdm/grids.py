@@ -166,7 +166,8 @@ def side_by_side(tasks: list,           # of joblib's delayed calls
                  ordered: bool = False, # in the order of the tasks, or as they come
                 ):                      # yields their results
     "Calls made by several processes, which end with this one."
-    for name, value in KEEPS_MEMORY.items(): os.environ.setdefault(name, value)   # for those that start now
+    for name, value in KEEPS_MEMORY.items() if workers > 1 else ():
+        os.environ.setdefault(name, value)   # for those that start now
     return Parallel(workers, return_as='generator' if ordered else 'generator_unordered',
                     initializer=_end_with, initargs=(os.getpid(),))(tasks)
 
@@ -193,9 +194,11 @@ def make_grid(parameters,             # a list of Parameters: what to run
     parameters, workers, report = _checked(parameters, Parameters, study, root, workers, progress)
     size, diverged = number('stack', stack, low=1, integer=True), {}
     stacks, epochs = _unfinished(parameters, study, root, size)
-    with _Progress(stacks, epochs, workers, report) as notes:
-        made = [delayed(_make_stack)(batch, study, root, note) for batch, note in zip(stacks, notes)]
-        for ill in side_by_side(made, workers): diverged |= ill
+    with _Progress(stacks, epochs, workers, report) as reported:
+        made = [delayed(_make_stack)(batch, study, root, note) for batch, note in zip(stacks, reported.notes)]
+        for ill in side_by_side(made, workers):
+            diverged |= ill
+            reported.require_callback()
     return Runs([p for p in parameters if p not in diverged], study, root), diverged
 
 # %% ../nbs/library/96_grids.ipynb #grids0002
@@ -253,7 +256,8 @@ class _Note:
 class _Progress:
     "What all stacks have left. One worker reports as it goes; of several, a thread reports each second."
     def __init__(self, stacks, epochs, workers, report):
-        self.workers, self.report, self.ended = workers, report, threading.Event()
+        self.workers, self.report, self.error = workers, report, None
+        self.ended, self.thread = threading.Event(), threading.Thread(target=self._watch, daemon=True)
         self.folder = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)   # of a file that all see
         self.left = np.memmap(Path(self.folder.name) / 'left', float, 'w+', shape=max(len(stacks), 1))
         inside = self._inside if workers == 1 else _silent
@@ -262,24 +266,34 @@ class _Progress:
 
     def __enter__(self):
         self._tell()
-        if self.workers > 1: threading.Thread(target=self._watch, daemon=True).start()
-        return self.notes
+        if self.workers > 1: self.thread.start()
+        return self
+
+    def require_callback(self):
+        "Raise what the callback raised in the thread, so that it stops the grid as it does with one worker."
+        if self.error: raise self.error
 
     def __exit__(self, error, *_):
         self.ended.set()
-        if not error: self.report('grid', round(self.total), round(self.total))
+        if self.thread.is_alive(): self.thread.join()
         self.folder.cleanup()
+        if not error: self.require_callback()
+        if not error and self.total: self.report('grid', round(self.total), round(self.total))
 
     def _tell(self):
         done = self.total - _busiest(self.left, self.workers)
-        self.report('grid', round(done), round(self.total))
+        if self.total: self.report('grid', round(done), round(self.total))
 
     def _inside(self, *now):
         self.report(*now)
         self._tell()
 
     def _watch(self):
-        while not self.ended.wait(1): self._tell()
+        while not self.ended.wait(1):
+            try: self._tell()
+            except BaseException as e:
+                self.error = e
+                return
 
 # %% ../nbs/library/96_grids.ipynb #f798031d
 def _checked(parameters, kind, study, root, workers, progress):

@@ -481,7 +481,7 @@ def progress_bar():  # a callback for make_run
     from tqdm import tqdm
     bars, grid = {}, dict(smoothing=0, bar_format='{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]')
     def progress(phase, done, total):
-        if phase not in bars or done < bars[phase].n:
+        if phase not in bars or done < bars[phase].n or total != bars[phase].total:
             bars[phase] = tqdm(total=total, initial=done, desc=f'{phase:>6}', unit=UNITS.get(phase, 'it'),
                                mininterval=1, ncols=80, **grid if phase == 'grid' else {})
         bars[phase].update(done - bars[phase].n)

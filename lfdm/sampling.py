@@ -207,7 +207,7 @@ def stack_denoiser(net: StackedMLP,   # M networks
     targets = [instance(TARGETS, target, 'target in targets:', Target) for target in targets]
     if len(net) != len(targets):
         raise ValueError(f"{len(net)} networks need as many targets, not {len(targets)}.")
-    groups = [list(group) for _, group in groupby(targets, lambda target: (type(target), vars(target)))]
+    groups = [list(group) for _, group in groupby(targets, Target.exactly)]
     sizes, firsts = [len(group) for group in groups], [group[0] for group in groups]
     def denoiser(z, level):
         flat = lambda a, u: net(a.view(z.shape), u.view(z.shape[:2])).flatten(0, 1)

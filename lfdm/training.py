@@ -8,14 +8,12 @@ __all__ = ['PRECISIONS', 'ema_decay', 'clip_gradients', 'warmed_up', 'cooled_dow
 
 # %% ../nbs/library/70_training.ipynb #b828d5d9
 import copy
-import inspect
 import math
 import os
 import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from itertools import groupby
-from numbers import Real
 
 import torch
 from torch import nn
@@ -135,7 +133,7 @@ class TrainState:
         loss.backward()
         if clip is not None: clip_gradients(self.net, clip)
         if warmup or cooldown:
-            share = warmed_up(self.steps, warmup) * cooled_down(self._left(), cooldown)
+            share = warmed_up(self.steps, warmup) * cooled_down(self._left() if cooldown else 0, cooldown)
             for group in self.optimizer.param_groups: group['lr'] = self.lr * share
         self.optimizer.step()
         if ema is not None: self._follow(ema_decay(ema, self.steps))
@@ -151,9 +149,8 @@ class TrainState:
 
     def _left(self):
         "Steps to come, with the next."
-        if self.last is not None: return max(self.last - self.steps, 0)
-        if not self.options['cooldown']: return 0
-        raise ValueError('a cooldown needs to know the last step: call state.ends_with(steps) first.')
+        if self.last is not None and self.steps < self.last: return self.last - self.steps
+        raise ValueError('a cooldown needs to know how many steps are to come: call state.ends_with(steps).')
 
     def _forget(self):
         "Drop what is left of gradients that have ceased."
@@ -239,7 +236,7 @@ def train(state: TrainState,      # the state to go on from; changed in place
     epochs, batch_size = checked_epochs(epochs), checked_batch_size(batch_size, len(x))
     processes = _Processes(accelerator, state.net)
     processes.require_shares(state, len(x), batch_size)
-    state.ends_with((epochs - state.epoch) * math.ceil(len(x) / batch_size))
+    state.ends_with(max(epochs - state.epoch, 0) * math.ceil(len(x) / batch_size))
     net = state.net if forward is None else forward  # a compiled network has no truth value
     g = state.generators[0]
 
@@ -379,12 +376,7 @@ def _require_each(name, values, kind):
 def _exactly(m, loss):
     "The classes and exact options of a loss. One whose schedule learns is like no other."
     if hasattr(loss.schedule, 'state'): return m
-    return type(loss), *(_options(choice) for choice in (loss.schedule, loss.target, loss.weighting))
-
-def _options(choice):
-    "Numbers and words by value, all else by identity. An option it does not keep makes it like no other."
-    values = (getattr(choice, k, choice) for k in inspect.signature(type(choice)).parameters)
-    return type(choice), *(v if isinstance(v, (Real, str)) else id(v) for v in values)
+    return type(loss), *(choice.exactly() for choice in (loss.schedule, loss.target, loss.weighting))
 
 # %% ../nbs/library/70_training.ipynb #2cda6730
 def _stack_loss(state, forward, losses, x, groups):
@@ -424,7 +416,7 @@ def train_stack(state: TrainState,      # of a StackedMLP, with one seed per net
     epochs, batch_size = checked_epochs(epochs), checked_batch_size(batch_size, len(data[0]))
     groups, n, device = alike(losses), len(data[0]), data[0].device
     net = state.net if forward is None else forward
-    state.ends_with((epochs - state.epoch) * math.ceil(n / batch_size))
+    state.ends_with(max(epochs - state.epoch, 0) * math.ceil(n / batch_size))
 
     if not state.history:
         state.history.append([{'epoch': 0} | report for report in _each_measured(state, validations)])

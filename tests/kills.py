@@ -30,7 +30,7 @@ from tiny import SERVER, content
 from tree import ROOT
 
 FEW = dict(dataset="cluster", batch_size=5000, width=4, n_samples=50, sample_steps=20)
-OPTIONS = dict(epochs=20, ema=.9, warmup=6)
+OPTIONS = dict(epochs=20, ema=.9, warmup=6, cooldown=9)
 KINDS = "run", "grid", "images", "papermill"
 SIGNALS = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 

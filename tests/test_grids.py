@@ -92,10 +92,17 @@ def records(root):
     return {f.name: (f / "params.json").read_bytes() for f in (root / "train").glob("[!.]*")}
 
 
-@pytest.mark.parametrize("death", [("train", 2), ("sample", 2)], ids=str)
-def test_a_killed_grid_loses_nothing_and_ends_the_same(death, tmp_path, whole):
-    with pytest.raises(Stopped): make_grid(list(whole), root=tmp_path, stack=2, progress=stop_at(*death))
-    assert not ends_the_same(tmp_path, whole) and not list((tmp_path / "train").glob(".*"))
+@pytest.mark.parametrize("death, finished", [(("train", 2), 0), (("sample", 2), 0), (("sample", 5), 2)],
+                         ids=str)
+def test_a_killed_grid_loses_nothing_and_ends_the_same(death, finished, tmp_path, whole):
+    "in the first stack, or in the second"
+    stop, seen = stop_at(*death), []
+    def progress(*now):
+        if now[0] == "train" and now[1] == 0: seen.append(now)   # a stack begins
+        if len(seen) > finished // 2: stop(*now)
+    with pytest.raises(Stopped): make_grid(list(whole), root=tmp_path, stack=2, progress=progress)
+    assert len(ends_the_same(tmp_path, whole)) == finished
+    assert not list((tmp_path / "train").glob(".*"))
 
 
 def test_a_grid_killed_between_the_records_of_a_stack_ends_the_same(tmp_path, whole, monkeypatch):
@@ -121,6 +128,22 @@ def test_the_busiest_worker(rest, workers):
     most = _busiest(rest, workers)
     fair, longest = sum(rest) / workers, max(rest, default=0)
     assert max(fair, longest) * (1 - 1e-9) <= most <= (fair + longest) * (1 + 1e-9)
+
+
+def test_several_workers_are_reported_while_they_work(tmp_path):
+    "by each in a file that all see; the last report is the last, and what a callback raises ends the grid"
+    asked, seen = grid(epochs=[30, 31], seed=[0, 1], **FEW), []
+    make_grid(asked, root=tmp_path / "told", stack=1, workers=2, progress=lambda *now: seen.append(now))
+    shares = [done / total for phase, done, total in seen]
+    assert {phase for phase, _, _ in seen} == {"grid"} and shares[0] == 0 and shares[-1] == 1
+    assert shares == sorted(shares) and any(0 < share < 1 for share in shares)
+    def full(phase, done, total):
+        if done: raise OSError("the disk with the log is full")
+    with pytest.raises(OSError, match="the log is full"):
+        make_grid(asked, root=tmp_path / "full", stack=1, workers=2, progress=full)
+    seen.clear()
+    make_grid(asked, root=tmp_path / "told", progress=lambda *now: seen.append(now))
+    assert not seen   # all is there: there is nothing to report
 
 
 def test_what_is_done_is_counted_from_where_a_grid_goes_on(tmp_path, whole):
@@ -154,13 +177,13 @@ def test_workers_keep_the_memory_that_they_free():
 def test_products_in_bf16(tmp_path):
     "alone and in a stack; what is kept and judged is float32"
     asked = grid(target=["x", "v"], precision=["float32", "bf16"], **SMALL)
-    runs, _ = make_grid(asked, root=tmp_path)
-    for exact, rough in zip(asked[::2], asked[1::2]):
-        alone = make_run(rough, root=tmp_path / "alone")
-        weights = [run.net.layers[2].weight for run in (runs[exact], runs[rough], alone)]
-        assert all(w.dtype == torch.float32 for w in weights) and not torch.equal(*weights[:2])
-        for w in weights[1:]: assert (w - weights[0]).abs().max() < .02
-        assert runs[rough].environment["stacked"] == 2
+    stacked, _ = make_grid(asked, root=tmp_path)
+    alone = {p: make_run(p, root=tmp_path / "alone") for p in asked}
+    for runs in (stacked, alone):
+        for exact, rough in zip(asked[::2], asked[1::2]):
+            a, b = (runs[p].net.layers[2].weight for p in (exact, rough))
+            assert a.dtype == b.dtype == torch.float32 and not torch.equal(a, b) and (a - b).abs().max() < .02
+    assert all(run.environment["stacked"] == 2 for run in stacked.values())
 
 
 FEW = dict(dataset="cluster", width=4, batch_size=50_000, n_samples=8, sample_steps=2)

@@ -8,7 +8,7 @@ import torch
 
 from gaussians import exact, f64, generator, refuse, states
 from lfdm.networks import MLP, StackedMLP
-from lfdm.sampling import checked_schedule, sample, sample_stack, sampling
+from lfdm.sampling import checked_schedule, sample, sample_stack, sampling, stack_denoiser
 from lfdm.schedules import SCHEDULES
 from lfdm.steps import SAMPLERS, Counted, ddim_step, network_denoiser
 from lfdm.targets import TARGETS
@@ -186,3 +186,17 @@ def test_bad_choices_come_before_any_work(choice, message):
     with pytest.raises((ValueError, TypeError), match=message): sample(refuse, **dict(n=6) | choice)
     if choice.keys() <= {"sampler", "schedule", "steps"}:   # not even iterated
         with pytest.raises((ValueError, TypeError)): sampling(refuse, (6, 2), **choice)
+
+
+def test_targets_of_a_stack_may_have_any_options():
+    "one that is a tensor is compared with none: such targets are computed apart"
+    class Scaled(TARGETS["eps"]):
+        def __init__(self, k): self.k = k
+        def to_eps(self, y_hat, z, alpha, sigma): return self.k * y_hat
+    net, z = StackedMLP([MLP(2, 8, 2) for _ in range(3)]), torch.randn(3, 4, 2)
+    level = SCHEDULES["cosine"]().level(torch.tensor(.5))
+    targets = [Scaled(torch.tensor([1., 2.])), Scaled(torch.tensor([1., 3.])), "v"]
+    x_hat, eps_hat = stack_denoiser(net, targets)(z, level)
+    for m, target in enumerate(targets):
+        alone = network_denoiser(net.alone(m), target)(z[m], level)
+        torch.testing.assert_close((x_hat[m], eps_hat[m]), alone)

@@ -141,8 +141,9 @@ def test_the_rate_falls_to_nothing_with_the_last_step():
     state = new_state(lr=1., warmup=2, cooldown=4)
     assert rates(state, 2, []) == pytest.approx([.5, 1, 1, .75, .5, .25])
     assert rates(state, 4, []) == pytest.approx([1, 1, 1, .75, .5, .25])
-    with pytest.raises(ValueError, match="needs to know the last step.*ends_with"):
-        new_state(cooldown=1).descend(LOSS(new_net(), X).mean())
+    for late in (new_state(cooldown=1), state):   # nobody said when it ends; it has ended
+        with pytest.raises(ValueError, match="how many steps are to come.*ends_with"):
+            late.descend(LOSS(late.net, X).mean())
     assert cooled_down(0, 3) == 0 and cooled_down(7, 0) == cooled_down(3, 3) == 1
 
 
@@ -160,6 +161,11 @@ def test_training_uses_the_clipped_gradient():
     free, clipped = (list(each_step(new_state(clip=c), 4)) for c in (None, .01))
     assert all(g.norm() > .02 for _, g, _ in free) and not torch.equal(free[-1][0], clipped[-1][0])
     assert all(g.norm() <= .01 * (1 + 1e-5) for _, g, _ in clipped)
+
+
+def test_an_epoch_that_is_behind_asks_for_nothing():
+    state = trained(new_state(), 2)
+    assert not list(train(state, LOSS, X, 1, 20)) and state.epoch == 2
 
 
 # ---- schedules that learn

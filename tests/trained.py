@@ -11,7 +11,7 @@ torch.set_num_threads(1)
 DATA = GaussianMixture([[0., 0.], [2., 1.], [-1., 3.]], [.3, .6, .9], [.2, .5, .3])
 X = DATA.sample(101)
 LOSS = DiffusionLoss("cosine", "eps", "weighted")
-OPTIONS = dict(ema=.9, clip=.2, warmup=15)   # six steps an epoch: the warm-up ends in the third
+OPTIONS = dict(ema=.9, clip=.2, warmup=15, cooldown=7)   # six steps an epoch: it ends in the third
 
 
 def new_net(seed=0, width=8):
