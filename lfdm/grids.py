@@ -254,7 +254,7 @@ class _Note:
 
 # %% ../nbs/library/96_grids.ipynb #grids0007
 class _Progress:
-    "What all stacks have left. One worker reports as it goes; of several, a thread reports each second."
+    "What all stacks have left. One worker reports as it goes; of several, a thread reports now and then."
     def __init__(self, stacks, epochs, workers, report):
         self.workers, self.report, self.error = workers, report, None
         self.ended, self.thread = threading.Event(), threading.Thread(target=self._watch, daemon=True)
@@ -289,7 +289,8 @@ class _Progress:
         self._tell()
 
     def _watch(self):
-        while not self.ended.wait(1):
+        began = time.monotonic()
+        while not self.ended.wait(min(max(1, (time.monotonic() - began) / 50), 60)):   # ever less often
             try: self._tell()
             except BaseException as e:
                 self.error = e
