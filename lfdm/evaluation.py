@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from .cache import remembered
@@ -127,11 +128,15 @@ def sliced_wasserstein(x: torch.Tensor,  # samples, shape (n, D)
     "The sliced Wasserstein-2 distance: root mean square over directions and quantiles."
     require_comparable(x, y)
     v = unit_vectors(x.shape[1], number('projections', projections, low=1, integer=True), seed)
-    x, y = ((s.double().cpu() @ v.T).sort(0).values for s in (x, y))
+    x, y = (_sorted(s.double().cpu() @ v.T) for s in (x, y))
     n, m = len(x), len(y)
     cuts = torch.cat([torch.arange(n + 1) * m, torch.arange(m + 1) * n]).unique()
     gap = x[cuts[:-1] // m] - y[cuts[:-1] // n]
     return (gap.square().mean(1) @ cuts.diff().double() / (n * m)).sqrt().item()
+
+def _sorted(columns):
+    "Each column sorted; by numpy, which is many times faster at it."
+    return torch.from_numpy(np.sort(columns.T.contiguous().numpy(), axis=1)).T.contiguous()
 
 # %% ../nbs/library/90_evaluation.ipynb #1fa1b4a9
 DISTANCES = {'mean_distance': mean_distance,
