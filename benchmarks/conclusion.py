@@ -9,6 +9,7 @@ time to 1.5 % is read between budgets, linear in the logarithms of both, from th
 seeds. A recipe with a cooldown is trained anew for each budget.
 
 Chosen is the recipe with the least processor time to 1.5 %, by the geometric mean over targets, on one seed.
+Recipes within 5 % of the best are level: the first of them in the list is taken, with the fewest options.
 The seeds that report it were not seen by the choice. bf16 is measured on those, with the recipe of screening
 studies (`SCREENING`): the ratio of the excess with products in bf16 to that in float32, paired by seed.
 
@@ -34,6 +35,7 @@ from lfdm.tasks import task_of
 from lfdm.training import TrainState, train_stack, with_precision
 
 GOAL, BUDGETS, ROUNDS, IN_BF16 = 0.015, (2, 5, 10, 20, 40), 5, 10   # epochs of the comparison with bf16
+LEVEL = 1.05   # recipes this near to the best are not told apart
 SETS, TARGETS, TUNED_ON, REPORTED_ON = list(DATASETS), ["x", "eps", "v", "score"], [100], list(range(10))
 PLAIN = "as it is, lr 0.001"
 
@@ -133,7 +135,7 @@ def shown(value, form=".0f", limit=None):
 
 
 def tuning(seconds):
-    "A Markdown table of all recipes on the seed of the choice, and the best one's name."
+    "A Markdown table of all recipes on the seed of the choice, and the chosen one's name."
     rows, cost = [f"| recipe | CPU-s an epoch | {' | '.join(TARGETS)} | geometric mean |",
                   f"|---|---:|{'---:|' * (len(TARGETS) + 1)}"], {}
     for name, options in recipes().items():
@@ -145,7 +147,7 @@ def tuning(seconds):
         cells = " | ".join(shown(t, ".1f", limit) for t in times)
         mean = "" if cost[name] == math.inf else f"{cost[name]:.2f}"
         rows.append(f"| {name} | {seconds[name]:.2f} | {cells} | {mean} |")
-    return "\n".join(rows), min(cost, key=cost.get)
+    return "\n".join(rows), next(name for name in cost if cost[name] <= LEVEL * min(cost.values()))
 
 
 def interval(logs):
@@ -205,8 +207,8 @@ CPU-seconds of training, of one network, until the excess over the floor is 1.5 
 
 {tuned}
 
-Chosen: **{best}**. The excess on seeds {seeds[0]} to {seeds[-1]} (geometric mean over sets and seeds, 95 %
-interval over seeds):
+Chosen, as the first within 5 % of the best: **{best}**. The excess on seeds {seeds[0]} to {seeds[-1]}
+(geometric mean over sets and seeds, 95 % interval over seeds):
 
 {reported(best, seconds)}
 
