@@ -143,6 +143,7 @@ def rounds_of(checkouts, many):
     for _ in range(many):
         for name, root in checkouts.items():
             env = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+            if name != "now": env = {k: v for k, v in env.items() if not k.startswith("MALLOC_")}
             command = [sys.executable, __file__, "--round"]
             said = subprocess.check_output(command, env=env, cwd=root, text=True)
             found[name].append(json.loads(said.splitlines()[-1]))
@@ -180,13 +181,13 @@ def main():
     asked = parser.parse_args()
     if asked.round: return print(json.dumps(round_of()))
     also = dict(pair.split("=", 1) for pair in asked.also)
-    many = 3 if asked.quick else 7
+    many = 3 if asked.quick else 5
     found = rounds_of({name: Path(path).resolve() for name, path in also.items()} | {"now": ROOT}, many)
     import torch
     speed = middle([r["limit"] for r in found["now"]])
     kept = "with" if "MALLOC_TRIM_THRESHOLD_" in os.environ else "without"
     about = (f"Written by `benchmarks/study.py`: medians of {many} rounds (lowest to highest), {kept} the "
-             "malloc thresholds of the Makefile; one thread, float32, "
+             f"malloc thresholds of the Makefile{' now' * bool(also)}; one thread, float32, "
              f"torch {torch.__version__.split('+')[0]}, {platform.machine()}; "
              f"fastest matrix product {speed / 1e9:.0f} GFLOP/s. Only the ratios mean anything elsewhere.")
     text = f"# A network of the study\n\n{table(found)}\n\n{about}\n"
