@@ -19,6 +19,7 @@ from lfdm.images.parameters import ImageParameters
 from lfdm.parameters import Parameters
 from lfdm.runs import beside, folder_of, load_run, make_run
 from tiny import SERVER, SMALL, Stopped, Tiny, made, register, stop_at
+from tree import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -170,6 +171,9 @@ def test_the_runs_of_a_grid_are_read_when_they_are_asked_for(tmp_path, whole):
 
 
 def test_workers_keep_the_memory_that_they_free():
+    "as do processes that make starts"
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"export {name} := {value}\n" in makefile for name, value in KEEPS_MEMORY.items())
     keeps = side_by_side([delayed(os.environ.get)(name) for name in KEEPS_MEMORY], 2, ordered=True)
     assert list(keeps) == list(KEEPS_MEMORY.values())
 
