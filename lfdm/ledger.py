@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NBS', 'REFERENCE', 'PAGES', 'DOCUMENTS', 'TITLES', 'NUMBER', 'STATUSES', 'VERDICTS', 'JOINT', 'RANGE', 'CAN_FAIL',
-           'FIGURES', 'SETTLED', 'OPTIONAL', 'TABLES', 'named', 'heading_id', 'pages', 'read', 'place', 'checks',
-           'mentions', 'entries', 'ledger', 'place_faults', 'faults', 'errata', 'errata_faults', 'equation_table',
-           'status_table', 'errata_table', 'errata_list', 'refreshed', 'settle', 'write_pages']
+           'LINE', 'FIGURES', 'SETTLED', 'OPTIONAL', 'TABLES', 'named', 'heading_id', 'pages', 'read', 'place',
+           'checks', 'mentions', 'entries', 'ledger', 'place_faults', 'faults', 'errata', 'errata_faults',
+           'equation_table', 'status_table', 'errata_table', 'errata_list', 'refreshed', 'settle', 'write_pages']
 
 # %% ../nbs/library/04_ledger.ipynb #5ade6401
 import ast
@@ -37,9 +37,10 @@ DOCUMENTS = {   # document -> the numbers of its equations
 TITLES = {'thesis': 'The thesis', 'paper': 'The paper', 'Kingma & Gao': 'Kingma & Gao',
           'note': 'The training-objective document'}
 NUMBER = {'thesis': r'\d\.\d+', 'paper': r'\d+', 'Kingma & Gao': r'(?:\d+|E\.3)', 'note': r'(?:\d+|W\d)'}
-STATUSES = {'proved': 'proved by sympy', 'checked': 'checked numerically', 'definition': 'definition',
-            'background': 'background', 'wrong': 'wrong as printed', 'open': 'open'}
-VERDICTS = ('proved', 'checked', 'refuted')
+STATUSES = {'proved': 'proved by sympy', 'special': 'proved in a special case',
+            'checked': 'checked numerically', 'definition': 'definition', 'background': 'background',
+            'wrong': 'wrong as printed', 'open': 'open'}
+VERDICTS = ('proved', 'special', 'checked', 'refuted')   # 'special': a line `proved for D = 1: ...`
 
 # %% ../nbs/library/04_ledger.ipynb #18904b38
 JOINT = r'(?:\s*(?:[,;]|\bto\b|–|\band\b|\bwith\b)(?:\s*(?:so|and|with))?)\s*'   # between two numbers
@@ -103,7 +104,8 @@ def read(path: Path,  # of a notebook
 
 # %% ../nbs/library/04_ledger.ipynb #5c6d15d7
 CAN_FAIL = re.compile(r'\b(prove|check|refute|test_\w+)\(|\bassert\b')
-FIGURES = re.compile(r': (worst relative difference \S+|\S+ is not \S+)$')   # the numbers at a line's end
+LINE = re.compile(r'^(proved|checked|refuted)(?: for (.+?))?: (.+)$', re.M)     # verdict, special case, source
+FIGURES = re.compile(r': (worst (relative )?difference \S+( allowed \S+)?|\S+ is not \S+)$')  # at its end
 
 def place(path: Path,  # of a page
           title: str,  # of the page
@@ -116,16 +118,17 @@ def place(path: Path,  # of a page
                            name=f'{title}: {words}' if words else title)
 
 # %% ../nbs/library/04_ledger.ipynb #e8c7c749
-def checks() -> list:  # with `verdict`, `source`, `equations`, `place` and `can_fail`
+def checks() -> list:  # with `verdict`, `case`, `source`, `equations`, `place` and `can_fail`
     "Every verdict that a notebook printed."
     found = []
     for path in pages():
         title, cells = read(path)
         for kind, code, printed, heading in cells:
             if kind != 'code': continue
-            for verdict, rest in re.findall(rf"^({'|'.join(VERDICTS)}): (.+)$", printed, re.M):
+            for verdict, case, rest in LINE.findall(printed):
                 source = FIGURES.sub('', rest)
-                found.append(SimpleNamespace(verdict=verdict, source=source, equations=named(source),
+                found.append(SimpleNamespace(verdict='special' if case else verdict, case=case,
+                                             source=source, equations=named(source),
                                              place=place(path, title, heading),
                                              can_fail=bool(CAN_FAIL.search(code))))
     return found
@@ -152,23 +155,25 @@ def _key(equation): return tuple(equation.rsplit(' ', 1))
 
 def _first_status(at):
     "The status that the evidence gives to an open entry."
-    if not (at['proved'] or at['checked']): return 'open'
-    return 'wrong' if at['refuted'] else 'proved' if at['proved'] else 'checked'
+    seen = [v for v in ('proved', 'special', 'checked') if at[v]]   # the strongest first
+    return 'open' if not seen else 'wrong' if at['refuted'] else seen[0]
 
 # %% ../nbs/library/04_ledger.ipynb #e1d34aeb
 def ledger(lines=None,  # of `checks`; default: those of the notebooks
-          ) -> dict:    # (document, number) -> with `key`, `says`, `status`, `at`, `twin` and `where`
+          ) -> dict:    # (document, number) -> with `key`, `says`, `status`, `cases`, `at`, `twin` and `where`
     "Each equation with its words, the status that the evidence gives it, and its places."
     lines, written, rows = checks() if lines is None else lines, entries(), {}
     for key, fields in written.items():
         twin = _key(fields['same']) if 'same' in fields else None
         shared = written[twin] if twin else {}
-        at = {v: {line.place.address: line.place for equation in (key, twin) for line in lines
-                  if equation in line.equations and line.verdict == v} for v in VERDICTS}
+        told = [line for equation in (key, twin) for line in lines if equation in line.equations]
+        at = {v: {line.place.address: line.place for line in told if line.verdict == v} for v in VERDICTS}
         status = fields.get('status') or shared.get('status')
         if fields.get('open') or shared.get('open'): status = _first_status(at)
-        if status == 'checked' and at['proved']: status = 'proved'   # a proof is more than a check
-        rows[key] = SimpleNamespace(key=key, says=fields['says'], status=status, at=at, twin=twin,
+        if status == 'checked' and at['special']: status = 'special'
+        if status in ('checked', 'special') and at['proved']: status = 'proved'   # a proof is more than a check
+        cases = list(dict.fromkeys(line.case for line in told if line.verdict == 'special'))
+        rows[key] = SimpleNamespace(key=key, says=fields['says'], status=status, cases=cases, at=at, twin=twin,
                                     where=fields.get('at') or shared.get('at'))
     return rows
 
@@ -196,10 +201,11 @@ def _line_faults(line, rows):
 def _row_faults(row):
     "What is wrong with an entry."
     name, at, status = ' '.join(row.key), row.at, row.status
-    seen = at['proved'] | at['checked']
+    seen = at['proved'] | at['special'] | at['checked']
     if status not in STATUSES: yield f"{name} has no status of these: {', '.join(STATUSES)}"
-    if status in ('proved', 'checked') and not at[status]:
-        yield f'{name} shall be {status}, but no cell prints `{status}: {name}`'
+    if status in ('proved', 'special', 'checked') and not at[status]:
+        line = {'special': 'proved for ...'}.get(status, status)
+        yield f'{name} shall be {status}, but no cell prints `{line}: {name}`'
     if status == 'wrong' and not (at['refuted'] and seen):
         yield (f'{name} shall be wrong as printed, but is not both refuted as printed '
                'and proved as it should read')
@@ -261,7 +267,7 @@ def _named_place(address):
 
 def _where(row):
     "The links of one equation."
-    links = [_link(at) for at in (row.at['proved'] | row.at['checked']).values()]
+    links = [_link(at) for at in (row.at['proved'] | row.at['special'] | row.at['checked']).values()]
     refuted = ', '.join(map(_link, row.at['refuted'].values()))
     if refuted: links.append(f'as printed, refuted: {refuted}')
     return '; '.join(links or [_link(_named_place(row.where))] * bool(row.where))
@@ -278,6 +284,7 @@ def equation_table(document: str, # in DOCUMENTS
     for key, row in rows.items():
         if key[0] != document: continue
         anchor, status = _anchor(key), STATUSES[row.status].split(' by ')[0].split(' numer')[0]
+        if row.status == 'special': status = f"proved for {_cell('; '.join(row.cases))}"
         twin = f"; as [{' '.join(row.twin)}](#{_anchor(row.twin)})" if row.twin else ''
         mark = f' ([erratum {marks[key]}](errata.ipynb#erratum-{marks[key]}))' if key in marks else ''
         lines.append(f'| []{{#{anchor}}}[{key[1]}](#{anchor}) | {_cell(row.says)}{twin}{mark} | {status} | '

@@ -33,13 +33,14 @@ def _expression(name, value):
 def prove(left,         # a sympy expression
           right,        # what it must equal identically
           source: str,  # the equation proved, e.g. 'thesis 3.22'
+          case: str = None,  # what the proof is confined to, e.g. 'D = 1'; default: nothing
          ) -> None:     # prints the source; raises AssertionError with the residue if the two differ
     "Prove an identity with sympy, or fail."
     left, right = _expression('left', left), _expression('right', right)
     residue = sympy.nsimplify(left - right)
     if not any(simplified(residue) == 0 for simplified in _SIMPLIFICATIONS):
         raise AssertionError(f'not proved: {source}: the two sides differ by {sympy.simplify(residue)}')
-    print(f'proved: {source}')
+    print(f'proved: {source}' if case is None else f'proved for {case}: {source}')
 
 # %% ../nbs/library/02_proofs.ipynb #e356765c
 def _numbers(name, v):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'SCREENING', 'WAYS', 'CURVES', 'PER_LOGSNR', 'FIRST_SEED', 'SAMPLED', 'error_variance', 'arrow_grid',
-           'learned_score', 'outside', 'sample_quality', 'network_quality', 'measure', 'measured', 'all_cached',
-           'Record', 'load_record', 'flat', 'condense', 'make_record', 'mean_sd', 'table']
+           'learned_score', 'outside', 'sample_quality', 'network_quality', 'quality_of', 'measure', 'measured',
+           'all_cached', 'Record', 'load_record', 'flat', 'condense', 'make_record', 'mean_sd', 'table']
 
 # %% ../nbs/library/98_studies.ipynb #aa03ff93
 import hashlib
@@ -186,8 +186,11 @@ PER_LOGSNR = ('loss_per_logsnr', 'excess_per_logsnr')  # at some epochs
 FIRST_SEED = ('samples', 'samples_few')                # kept for one seed only
 SAMPLED = ('mean_distance', 'covariance_distance', 'sliced_wasserstein', 'outside')  # by number of steps
 
-def _quality(samples, dataset):
-    "The distances of SAMPLED, as a list."
+@typed
+def quality_of(samples: torch.Tensor,  # generated, shape (n, D); raises ValueError if they are not finite
+               dataset: Dataset,       # the data set they imitate; its density must be known
+              ) -> list:               # one number for each name in SAMPLED
+    "How far samples are from as many real ones, by every measure of the studies."
     distances = judge(samples, dataset, seed=1)
     return [distances[name]['value'] for name in SAMPLED[:-1]] + [outside(samples, dataset)]
 
@@ -211,7 +214,7 @@ def measure(run: Run,      # a finished run
     curves = {f'{name}_curve': np.array([m[name] for m in run.metrics]) for name in CURVES}
     per_logsnr = {name: np.array([run.metrics[e][name] for e in epochs]) for name in PER_LOGSNR}
     return curves | per_logsnr | {
-        'quality': np.array([_quality(s, run.dataset) for _, s in samples]),
+        'quality': np.array([quality_of(s, run.dataset) for _, s in samples]),
         'samples': run.samples[:points].half().numpy(),
         'samples_few': np.stack(few),
         'variance': error_variance(run, times).numpy(),

@@ -51,6 +51,11 @@ class Beside:
         assert code == 0, f"the notebooks did not come to their end: {log.read_text()[-3000:]}"
         return json.loads((Path(self.folder.name) / "outcomes.json").read_text())
 
+    def bites(self):
+        "What bites.py saw of every verdict of the notebooks."
+        self.outcomes()
+        return [json.loads(line) for line in (Path(self.folder.name) / "bites").read_text().splitlines()]
+
     def close(self):
         "Leave nothing behind, whenever the tests end."
         if self.process.poll() is None:
@@ -114,7 +119,9 @@ def ended(tests):
 
 def main(folder, tests):
     os.nice(10)
+    import bites
     for name in IMPORTED: importlib.import_module(name)
+    bites.watch(folder / "bites")
     gc.collect(), gc.freeze()   # what is imported is not looked through for garbage in every fork
     waiting, running, outcomes = json.loads((folder / "jobs.json").read_text()), {}, {}
     (folder / "runs").mkdir()

@@ -47,6 +47,12 @@ def outcomes(request):
 
 
 @pytest.fixture(scope="session")
+def bites(request, outcomes):
+    "What every verdict of these notebooks noticed; see bites.py."
+    return request.config.beside.bites()
+
+
+@pytest.fixture(scope="session")
 def python():
     "A command that starts at once; see quick.py."
     import quick

@@ -11,11 +11,11 @@ SEEDS = ROOT.parent / "shared" / "seeds"
 LINES = ledger.checks()
 
 
-def line(verdict, source, can_fail=True):
+def line(verdict, source, can_fail=True, case=""):
     "A line as a notebook might print it."
     place = SimpleNamespace(address="page.ipynb", name="Page")
     return SimpleNamespace(verdict=verdict, source=source, equations=ledger.named(source), place=place,
-                           can_fail=can_fail)
+                           can_fail=can_fail, case=case)
 
 
 # --- how a line names equations
@@ -74,6 +74,17 @@ def without(*key, verdict=None):
     ([*LINES, line("proved", "thesis 3.2")], "change its status")], ids=range(6))
 def test_a_ledger_that_does_not_keep_its_word_is_found(lines, says):
     assert any(says in fault for fault in ledger.faults(lines))
+
+
+def test_a_special_case_is_no_proof():
+    "Nor does a word in its label make it one."
+    key = next(key for key, row in ledger.ledger(LINES).items() if row.status == "proved" and not row.twin)
+    name = " ".join(key)
+    special = [*without(*key), line("special", f"{name}, proved", case="D = 1")]
+    assert any(f"{name} shall be proved, but no cell prints" in fault for fault in ledger.faults(special))
+    printed = [("proved", "D = 1", "thesis 2.5: in full"), ("proved", "", "thesis 2.5 for D = 1: in part")]
+    told = "\n".join(f"{v} for {c}: {s}" if c else f"{v}: {s}" for v, c, s in printed)
+    assert ledger.LINE.findall(told) == printed
 
 
 def test_an_open_equation_takes_the_status_of_its_first_check():

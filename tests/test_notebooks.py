@@ -6,6 +6,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+import lfdm.ledger as ledger
 from beside import job
 from tree import ROOT, cells, name, notebooks
 
@@ -49,6 +50,16 @@ def test_notebook_runs(notebook, outcomes):
 def test_a_notebook_that_fails_is_told(how, outcomes):
     status, said = outcomes[how]["status"], outcomes[how]["said"]
     assert status == 1 and "ZeroDivisionError" in said and "never" not in said
+
+
+def test_every_line_of_the_ledger_bites(bites):
+    "Off by a sign, a factor of 1.05 or a power, none of them would have been printed."
+    dull = [f"{b['by']}: {b['source']}: {b['noticed']}" for b in bites if not all(b["noticed"].values())]
+    assert not dull, "\n".join(dull)
+    seen = {b["source"] for b in bites}
+    here = {path.relative_to(ledger.NBS).as_posix() for path in RUN}
+    lines = [l.source for l in ledger.checks() if l.equations and l.place.address.partition("#")[0] in here]
+    assert set(lines) <= seen, f"printed by hand: {set(lines) - seen}"
 
 
 def test_every_notebook_is_run_here_or_as_a_study():

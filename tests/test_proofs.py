@@ -21,6 +21,11 @@ def test_what_is_true_is_proved_and_not_refuted(left, right, capsys):
     assert capsys.readouterr().out == 'proved: a truth\n'
 
 
+def test_a_special_case_says_so(capsys):
+    prove(p + p, 2 * p, 'a truth', case='D = 1')
+    assert capsys.readouterr().out == 'proved for D = 1: a truth\n'
+
+
 @pytest.mark.parametrize('left, right', [
     (p, p * 1.00001), (sp.sqrt(x**2), x), (sp.Function('f')(x).diff(x), 0)])
 def test_what_is_false_is_refuted_and_not_proved(left, right, capsys):
