@@ -104,8 +104,8 @@ def read(path: Path,  # of a notebook
 
 # %% ../nbs/library/04_ledger.ipynb #5c6d15d7
 CAN_FAIL = re.compile(r'\b(prove|check|refute|test_\w+)\(|\bassert\b')
-LINE = re.compile(r'^(proved|checked|refuted)(?: for (.+?))?: (.+)$', re.M)     # verdict, special case, source
-FIGURES = re.compile(r': (worst (relative )?difference \S+( allowed \S+)?|\S+ is not \S+)$')  # at its end
+LINE = re.compile(r'^(proved|checked|refuted)(?: for (.+?))?: (.+)$', re.M)   # verdict, special case, source
+FIGURES = re.compile(r': (worst (relative )?difference \S+( allowed \S+)?|\S+ is not \S+)$')
 
 def place(path: Path,  # of a page
           title: str,  # of the page
@@ -160,7 +160,7 @@ def _first_status(at):
 
 # %% ../nbs/library/04_ledger.ipynb #e1d34aeb
 def ledger(lines=None,  # of `checks`; default: those of the notebooks
-          ) -> dict:    # (document, number) -> with `key`, `says`, `status`, `cases`, `at`, `twin` and `where`
+          ) -> dict:    # (document, number) -> its `key`, `says`, `status`, `cases`, `at`, `twin`, `where`
     "Each equation with its words, the status that the evidence gives it, and its places."
     lines, written, rows = checks() if lines is None else lines, entries(), {}
     for key, fields in written.items():
@@ -171,10 +171,10 @@ def ledger(lines=None,  # of `checks`; default: those of the notebooks
         status = fields.get('status') or shared.get('status')
         if fields.get('open') or shared.get('open'): status = _first_status(at)
         if status == 'checked' and at['special']: status = 'special'
-        if status in ('checked', 'special') and at['proved']: status = 'proved'   # a proof is more than a check
+        if status in ('checked', 'special') and at['proved']: status = 'proved'   # what is more
         cases = list(dict.fromkeys(line.case for line in told if line.verdict == 'special'))
-        rows[key] = SimpleNamespace(key=key, says=fields['says'], status=status, cases=cases, at=at, twin=twin,
-                                    where=fields.get('at') or shared.get('at'))
+        rows[key] = SimpleNamespace(key=key, says=fields['says'], status=status, cases=cases, at=at,
+                                    twin=twin, where=fields.get('at') or shared.get('at'))
     return rows
 
 # %% ../nbs/library/04_ledger.ipynb #1418463e
@@ -270,7 +270,8 @@ def _where(row):
     links = [_link(at) for at in (row.at['proved'] | row.at['special'] | row.at['checked']).values()]
     refuted = ', '.join(map(_link, row.at['refuted'].values()))
     if refuted: links.append(f'as printed, refuted: {refuted}')
-    return '; '.join(links or [_link(_named_place(row.where))] * bool(row.where))
+    if not links and row.where: links = [_link(_named_place(row.where))]
+    return '; '.join(links)
 
 # %% ../nbs/library/04_ledger.ipynb #9dd96f28
 def equation_table(document: str, # in DOCUMENTS

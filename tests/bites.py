@@ -64,9 +64,9 @@ def refutation_bites(refute):
 
 
 def watch(path):
-    "From now on every verdict leaves a line in this file: which changes were made, and whether each was noticed."
-    makers = {"prove": symbols_bite, "check": numbers_bite(proofs.check), "refute": refutation_bites(proofs.refute)}
-    for name, bite in makers.items(): setattr(proofs, name, _watched(getattr(proofs, name), bite, path))
+    "From now on every verdict leaves a line in this file: which changes were made, and what was noticed."
+    bites = dict(prove=symbols_bite, check=numbers_bite(proofs.check), refute=refutation_bites(proofs.refute))
+    for name, bite in bites.items(): setattr(proofs, name, _watched(getattr(proofs, name), bite, path))
 
 
 def _watched(judge, bite, path):

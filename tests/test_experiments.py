@@ -9,7 +9,9 @@ from tree import ROOT, name, notebooks
 
 EXPERIMENTS = ROOT / "nbs/experiments"
 RUNS = EXPERIMENTS / "thesis_runs.ipynb"
-DRAWN = ("thesis.ipynb", "verdicts.ipynb")   # from the record that it leaves
+AFTER = {   # from the records that others leave
+    "thesis.ipynb": RUNS, "mechanism.ipynb": RUNS, "nelbo_puzzle.ipynb": EXPERIMENTS / "mechanism.ipynb",
+    "verdicts.ipynb": EXPERIMENTS / "nelbo_puzzle.ipynb"}
 STUDIES = [path for path in notebooks() if path.parent == EXPERIMENTS]
 BEFORE = {}
 
@@ -25,7 +27,8 @@ def jobs():
     "All studies, and two that fail."
     BEFORE.update(state())
     empty = tempfile.mkdtemp()
-    made = [job(name(path), path, dict(scale="smoke"), after=name(RUNS) if path.name in DRAWN else None)
+    after = {path: name(AFTER[path.name]) if path.name in AFTER else None for path in STUDIES}
+    made = [job(name(path), path, dict(scale="smoke"), after=after[path])
             for path in sorted(STUDIES, key=lambda path: path != RUNS)]
     return [*made, job("wrong", STUDIES[0], dict(scale="smok"), LFDM_RUNS=empty),
             job("missing", EXPERIMENTS / "thesis.ipynb", dict(scale="smoke"), LFDM_RUNS=empty)]
