@@ -2,6 +2,7 @@
 import os
 import shutil
 import tempfile
+from collections import Counter
 
 # before torch is imported: threads that compete for a core slow all of them down
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -32,6 +33,9 @@ def pytest_unconfigure(config):
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    if getattr(config, "noticed", None):
+        terminalreporter.section("Lines of the ledger that notice a change of one side")
+        terminalreporter.write_line(", ".join(f"{name} {k}" for name, k in config.noticed.most_common()))
     if not getattr(config, "seconds", None): return
     terminalreporter.section("CPU seconds of the notebooks")
     for name, seconds in sorted(config.seconds.items(), key=lambda item: -item[1]):
@@ -49,7 +53,9 @@ def outcomes(request):
 @pytest.fixture(scope="session")
 def bites(request, outcomes):
     "What every verdict of these notebooks noticed; see bites.py."
-    return request.config.beside.bites()
+    found = request.config.beside.bites()
+    request.config.noticed = Counter(name for b in found for name, noticed in b["noticed"].items() if noticed)
+    return found
 
 
 @pytest.fixture(scope="session")
