@@ -52,7 +52,7 @@ STUDY = mkdir -p runs; for n in $(1); do echo "== nbs/experiments/$$n.ipynb, $(s
 	echo "The figures: figures/. With tables and text: $(1:%=runs/%.ipynb)"
 SCALE_KNOWN = case "$(scale)" in full|quick) ;; *) echo "scale is full or quick, not $(scale)." >&2; exit 1;; esac
 
-figures: $(READY) ## the whole 2D study from scratch: trains 96 networks, draws every figure (an hour on two cores; make figures scale=quick: 4 minutes)
+figures: $(READY) ## the whole 2D study from scratch: trains 96 networks, draws every figure (an hour on two cores; make figures scale=quick: 5 minutes)
 	@$(SCALE_KNOWN)
 	@$(call STUDY,theory thesis_runs thesis verdicts)
 
