@@ -40,13 +40,14 @@ COLORS = {  # the same thing has the same colour in every figure
     'flow': _palette[8],
     'cosine': _palette[5], 'shifted_cosine': _palette[5],
     'linear': _palette[9], 'ddpm': _palette[9],
-    've': _palette[6],
+    've': _palette[6], 'linear_logsnr': _palette[6],
     'edm_train': '#54278f', 'edm_sample': '#54278f',
     'rectified_flow': '#006d2c', 'logit_normal': '#006d2c',
     'discrete': _palette[7], 'adaptive': '#a50f15',
     'data': '#444444', 'floor': '#000000'}
 LABELS = {'x': '$x$', 'eps': '$\\epsilon$', 'v': '$v$', 'score': '$s$', 'F': '$F$', 'flow': '$u$'}
-DASHES = dict.fromkeys(('shifted_cosine', 'ddpm', 'edm_sample', 'logit_normal', 'discrete'), (0, (4, 1.5)))
+DASHES = dict.fromkeys(('shifted_cosine', 'linear_logsnr', 'ddpm', 'edm_sample', 'logit_normal', 'discrete'),
+                       (0, (4, 1.5)))
 
 def use_style() -> None:
     "The project's figure style: call it once before drawing."

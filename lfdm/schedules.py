@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['SCHEDULES', 'CONTINUOUS', 'Level', 'transition', 'posterior', 'preserving', 'exploding', 'straight', 'require_finite',
            'require_formula', 'Schedule', 'cosine_path', 'cosine_time', 'CosineSchedule', 'LinearSchedule',
-           'VESchedule', 'ShiftedCosineSchedule', 'BellSchedule', 'EDMTrainSchedule', 'EDMSampleSchedule',
-           'RectifiedFlowSchedule', 'LogitNormalSchedule', 'dlog_alpha', 'sde', 'sample_times', 'network_time',
-           'network_logsnr']
+           'LinearLogSNRSchedule', 'VESchedule', 'ShiftedCosineSchedule', 'BellSchedule', 'EDMTrainSchedule',
+           'EDMSampleSchedule', 'RectifiedFlowSchedule', 'LogitNormalSchedule', 'dlog_alpha', 'sde', 'sample_times',
+           'network_time', 'network_logsnr']
 
 # %% ../nbs/library/10_schedules.ipynb #7b8540e0
 import math
@@ -317,7 +317,22 @@ class LinearSchedule(Schedule):
     def reach(self): return float(self.path(as_number(1.))), math.inf
 
 # %% ../nbs/library/10_schedules.ipynb #63efa22d
-class VESchedule(Schedule):
+class LinearLogSNRSchedule(Schedule):
+    "Variance preserving, λ falls linearly in t: every noise level is visited equally often."
+    name = 'linear_logsnr'
+
+    def __init__(self,
+                 logsnr_min: float = -12.9,  # λ at t = 1
+                 logsnr_max: float = 12.9,   # λ at t = 0
+                ):
+        require_finite(self, logsnr_min, logsnr_max)
+        super().__init__(logsnr_min, logsnr_max)
+
+    def path(self, u): return self.logsnr_max - (self.logsnr_max - self.logsnr_min) * u
+    def inverse(self, logsnr): return (self.logsnr_max - logsnr) / (self.logsnr_max - self.logsnr_min)
+    def slope(self, logsnr): return 0 * logsnr - (self.logsnr_max - self.logsnr_min)
+
+class VESchedule(LinearLogSNRSchedule):
     "Variance exploding, α = 1 and σ geometric in t: λ falls linearly."
     name = 've'
     scales = staticmethod(exploding)
@@ -326,12 +341,7 @@ class VESchedule(Schedule):
                  logsnr_min: float = -8.8,  # λ at t = 1: σ_max = 81
                  logsnr_max: float = 12.4,  # λ at t = 0: σ_min = 0.002
                 ):
-        require_finite(self, logsnr_min, logsnr_max)
         super().__init__(logsnr_min, logsnr_max)
-
-    def path(self, u): return self.logsnr_max - (self.logsnr_max - self.logsnr_min) * u
-    def inverse(self, logsnr): return (self.logsnr_max - logsnr) / (self.logsnr_max - self.logsnr_min)
-    def slope(self, logsnr): return 0 * logsnr - (self.logsnr_max - self.logsnr_min)
 
 # %% ../nbs/library/10_schedules.ipynb #91e4aa6e
 class ShiftedCosineSchedule(CosineSchedule):
@@ -445,7 +455,8 @@ class LogitNormalSchedule(BellSchedule):
 # %% ../nbs/library/10_schedules.ipynb #5d64b11b
 SCHEDULES = {
     'cosine': CosineSchedule, 'shifted_cosine': ShiftedCosineSchedule, 'linear': LinearSchedule,
-    've': VESchedule, 'edm_train': EDMTrainSchedule, 'edm_sample': EDMSampleSchedule,
+    'linear_logsnr': LinearLogSNRSchedule, 've': VESchedule,
+    'edm_train': EDMTrainSchedule, 'edm_sample': EDMSampleSchedule,
     'rectified_flow': RectifiedFlowSchedule, 'logit_normal': LogitNormalSchedule}
 CONTINUOUS = tuple(SCHEDULES)   # those with a path between all levels, given by a formula
 

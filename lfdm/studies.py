@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NETWORKS', 'SCREENING', 'WAYS', 'CURVES', 'PER_LOGSNR', 'FIRST_SEED', 'SAMPLED', 'error_variance', 'arrow_grid',
            'learned_score', 'outside', 'sample_quality', 'network_quality', 'quality_of', 'measure', 'measured',
-           'all_cached', 'Record', 'load_record', 'flat', 'condense', 'make_record', 'mean_sd', 'table']
+           'all_cached', 'Record', 'load_record', 'flat', 'condense', 'make_record', 'mean_sd', 'table', 'paired_ratio',
+           'holm', 'verdict']
 
 # %% ../nbs/library/98_studies.ipynb #aa03ff93
 import hashlib
@@ -559,3 +560,61 @@ def table(head: list,      # the names of the columns
             raise TypeError(f'rows must be lists of cells, not {shown(row)}.')
     lines = [head, ['---'] * len(head), *rows]
     return Markdown('\n'.join(f"| {' | '.join(map(str, line))} |" for line in lines) + note)
+
+# %% ../nbs/library/98_studies.ipynb #paired02
+@typed
+def paired_ratio(a,                    # one positive number for each seed: a list or an array
+                 b,                    # the same, of the same seeds in the same order
+                 level: float = 0.95,  # of the interval
+                ) -> tuple:            # (mean ratio b / a, low, high, p); raises ValueError, TypeError
+    "How much larger b is than a, seed by seed: geometric mean, interval and p by a paired t of the logs."
+    from scipy import stats
+    level = number('level', level, 1e-6, 1 - 1e-6)
+    logs = [np.log(_checked_series(name, q)) for name, q in (('a', a), ('b', b))]
+    if len(logs[0]) != len(logs[1]):
+        raise ValueError(f'a and b must be of the same seeds, not {len(logs[0])} and {len(logs[1])} numbers.')
+    gap = logs[1] - logs[0]
+    mean, se = gap.mean(), gap.std(ddof=1) / len(gap)**0.5
+    reach = stats.t.ppf((1 + level) / 2, len(gap) - 1) * se
+    p = 2 * stats.t.sf(abs(mean) / se, len(gap) - 1) if se else float(mean == 0)
+    return tuple(float(q) for q in (np.exp(mean), np.exp(mean - reach), np.exp(mean + reach), p))
+
+def _checked_series(name, values):
+    "Positive finite numbers, two or more."
+    try: found = np.asarray(values, dtype=float)
+    except (TypeError, ValueError): found = np.zeros(0)
+    if found.ndim != 1 or len(found) < 2 or not (np.isfinite(found) & (found > 0)).all():
+        raise ValueError(f'{name} must be positive numbers, one for each of two or more seeds, '
+                         f'not {shown(values)}.')
+    return found
+
+# %% ../nbs/library/98_studies.ipynb #paired03
+@typed
+def holm(p_values,     # of comparisons made at once: a list or an array
+        ) -> list:     # one for each, in their order, at most 1; raises ValueError
+    "P-values raised for the number of comparisons, by Holm's method: valid however the comparisons depend."
+    p = _checked_probabilities(p_values)
+    order = np.argsort(p)
+    raised = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    return raised[np.argsort(order)].tolist()
+
+def _checked_probabilities(values):
+    try: p = np.asarray(values, dtype=float)
+    except (TypeError, ValueError): p = np.full(1, np.nan)
+    if p.ndim == 1 and len(p) and ((p >= 0) & (p <= 1)).all(): return p
+    raise ValueError(f'p_values must be numbers from 0 to 1, not {shown(values)}.')
+
+# %% ../nbs/library/98_studies.ipynb #paired04
+@typed
+def verdict(low: float,     # of the interval of a ratio
+            high: float,    # of the interval
+            p: float,       # raised for the number of comparisons
+            margin: float,  # above 1: a smaller ratio than this does not matter
+           ) -> str:        # raises ValueError
+    "What a comparison decides, in words."
+    low, high = number('low', low, 0, above=True), number('high', high, 0, above=True)
+    margin, p = number('margin', margin, 1, above=True), number('p', p, 0, 1)
+    if low > high: raise ValueError(f'low must not be above high, {high:g}, but it is {low:g}.')
+    if 1 / margin < low and high < margin: return 'no difference that matters'
+    if p >= 0.05 or low <= 1 <= high: return 'not decided'
+    return 'matters' if high < 1 / margin or low > margin else 'differs, perhaps by less than matters'

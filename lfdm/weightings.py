@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WEIGHTINGS', 'Weighting', 'LogSNRWeighting', 'EpsFactor', 'NELBO', 'Weighted', 'Rescaled', 'Simple', 'SNR',
-           'SNRPlusOne', 'TruncatedSNR', 'MinSNR', 'SoftMinSNR', 'P2', 'DDPMVLB', 'Sech', 'Exponential', 'Sigmoid',
-           'EDM', 'EDMMonotonic', 'as_triple', 'Implied', 'implied_w', 'rising_intervals']
+           'SNRPlusOne', 'TruncatedSNR', 'MinSNR', 'SoftMinSNR', 'Debiased', 'P2', 'DDPMVLB', 'Sech', 'Exponential',
+           'Sigmoid', 'EDM', 'EDMMonotonic', 'as_triple', 'Implied', 'Monotonic', 'implied_w', 'rising_intervals']
 
 # %% ../nbs/library/30_weightings.ipynb #551c8221
 import math
@@ -123,6 +123,12 @@ class SoftMinSNR(EpsFactor):
                 ):
         self.gamma = number('gamma', gamma, low=0, high=1e12, above=True)
     def g(self, logsnr): return maths(logsnr).sigmoid(math.log(self.gamma) - logsnr)
+
+# %% ../nbs/library/30_weightings.ipynb #debias01
+class Debiased(EpsFactor):
+    "SNR^-½ = e^(-λ/2); Yu et al. (2024)."
+    name = 'debiased'
+    def g(self, logsnr): return maths(logsnr).exp(-logsnr / 2)
 
 # %% ../nbs/library/30_weightings.ipynb #d5b6e5ef
 class P2(EpsFactor):
@@ -268,11 +274,43 @@ def _require_fixed(name, schedule, target, weighting):
     if schedule.learned and not isinstance(weighting, LogSNRWeighting):
         raise ValueError(f'the {name} schedule moves: a weight cannot be bound to it. Name another.')
 
+# %% ../nbs/library/30_weightings.ipynb #monoto02
+_PEAKS = torch.linspace(-40, 40, 16_001, dtype=torch.float64)   # where a peak is searched
+
+def _peak_of(weighting):
+    "λ where a w(λ) is highest, -inf if it falls everywhere; raises ValueError if it rises behind that."
+    from scipy.optimize import minimize_scalar
+    height = weighting.w(_PEAKS).log()
+    i = height.nan_to_num(-torch.inf, -torch.inf, -torch.inf).argmax().item()
+    if (height[i:].diff() > 1e-11).any() or i == len(_PEAKS) - 1:
+        raise ValueError(f'{weighting!r:.100} rises to the right of its highest point: no monotonic weight '
+                         'equals it there. Choose a weight that falls towards high logsnr.')
+    if i == 0: return -math.inf
+    around, down = _PEAKS[[i - 1, i + 1]].tolist(), lambda l: -weighting.w(l).log().item()
+    return minimize_scalar(down, bounds=around, method='bounded', options={'xatol': 1e-9}).x
+
+# %% ../nbs/library/30_weightings.ipynb #monoto03
+class Monotonic(LogSNRWeighting):
+    "A weight w(λ), constant to the left of its peak: what Kingma & Gao, section 5.2, do to EDM's."
+    name = 'monotonic'
+    def __init__(self,
+                 weighting='sech',  # a w(λ): name, class or instance
+                ):                  # raises ValueError for a factor, and for what rises behind its peak
+        self._of = instance(WEIGHTINGS, weighting, 'weighting', Weighting)
+        if not isinstance(self._of, LogSNRWeighting): raise ValueError(_bind_it(self._of))
+        self.weighting = weighting if isinstance(weighting, str) else spec(self._of)
+        self._peak = _peak_of(self._of)
+    def w(self, logsnr): return self._of.w(maths(logsnr).maximum(logsnr, self._peak))
+
+def _bind_it(weighting):
+    return (f'weighting must be a w(λ), and {spec(weighting)} is a factor on the error. '
+            f"Bind it to a schedule: 'monotonic(implied(cosine, eps, {spec(weighting)}))'.")
+
 # %% ../nbs/library/30_weightings.ipynb #f2e4c302
 WEIGHTINGS = {cls.name: cls for cls in (
     NELBO, Weighted, Rescaled,
-    Simple, SNR, SNRPlusOne, TruncatedSNR, MinSNR, SoftMinSNR, P2, DDPMVLB,
-    Sech, Exponential, Sigmoid, EDM, EDMMonotonic, Implied)}
+    Simple, SNR, SNRPlusOne, TruncatedSNR, MinSNR, SoftMinSNR, Debiased, P2, DDPMVLB,
+    Sech, Exponential, Sigmoid, EDM, EDMMonotonic, Implied, Monotonic)}
 
 # %% ../nbs/library/30_weightings.ipynb #0843b496
 @typed

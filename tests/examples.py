@@ -144,6 +144,7 @@ def examples(folder):
         eps_slope=dict(logsnr=.5), exact_slope=dict(logsnr=.5), elbos=dict(logsnr=torch.linspace(-5, 5, 21)),
         midpoints=dict(k=8), projected_divergence=dict(u=randn(3, 2)), Explicit=dict(exact=cluster.score),
         ScoreMatchingLoss=dict(levels=[-3., 3.]), P2=dict(k=1.), Sigmoid=dict(k=2.), floor=dict(points=201),
+        Monotonic=dict(weighting="sech"),
         # steps, sampling, likelihood
         **{f"{name}_step": a_step for name in SAMPLERS}, velocity=dict(level=t), prior_kl=dict(level=s),
         at_angle=dict(angle=torch.tensor(.5)), solve=dict(f=fall_in_time, state=randn(3, 2)),
@@ -164,6 +165,8 @@ def examples(folder):
         condense=dict(parameters=[p], settings=measured), make_record=dict(parameters=[p], settings=measured),
         load_record=dict(name="sweep", scale="smoke"), network_quality=dict(parameters=points),
         learned_score=dict(logsnr=.5), sample_quality=dict(levels=("cosine", -9., 9.)),
+        paired_ratio=dict(a=[1., 2.], b=[2., 3.], level=.9), holm=dict(p_values=[.1, .2]),
+        verdict=dict(low=.9, high=1.2, p=.5, margin=1.1),
         # images
         dequantize=dict(u=torch.rand(digit.shape)), class_files=dict(folder=pictures / "train"),
         decode=dict(files=sorted((pictures / "test" / "a").iterdir()), size=None),

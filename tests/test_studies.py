@@ -3,6 +3,7 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import zipfile
 
@@ -23,13 +24,16 @@ from lfdm.studies import (
     arrow_grid,
     condense,
     error_variance,
+    holm,
     learned_score,
     load_record,
     make_record,
     mean_sd,
     measured,
     npz_bytes,
+    paired_ratio,
     sample_quality,
+    verdict,
 )
 from tiny import same
 
@@ -258,6 +262,42 @@ def test_only_divergence_is_taken_for_divergence():
 def test_means_over_seeds():
     said = [mean_sd(given, ".2f") for given in ([], [2.], [1., 3.])]
     assert said == ["–", "2.00 ± 0.00", "2.00 ± 1.41"]
+
+
+def test_a_paired_interval_covers_as_often_as_it_says_and_turns_round_with_its_arguments():
+    draw, covered = np.random.default_rng(0), 0
+    for _ in range(400):
+        a = np.exp(draw.normal(size=10))
+        b = a * np.exp(draw.normal(0.2, 0.3, size=10))
+        ratio, low, high, p = paired_ratio(a, b)
+        back = paired_ratio(b.tolist(), a, 0.95)
+        np.testing.assert_allclose(back, (1 / ratio, 1 / high, 1 / low, p), rtol=1e-9)
+        assert (p < 0.05) == (not low <= 1 <= high)
+        covered += low < np.exp(0.2) < high
+    assert 0.92 < covered / 400 < 0.98
+    assert paired_ratio([1., 2.], [1., 2.]) == (1, 1, 1, 1)
+
+
+def test_holm_is_never_below_the_p_values_nor_out_of_order():
+    draw = np.random.default_rng(1)
+    for n in (1, 2, 8):
+        p = draw.uniform(0, 0.2, n)
+        raised = np.array(holm(p))
+        assert (raised >= p).all() and (raised <= 1).all() and (np.diff(raised[np.argsort(p)]) >= 0).all()
+        assert np.isclose(raised.min(), min(1, n * p.min()))
+        # all hypotheses true: the chance of any found is at most 5 %
+    found = np.mean([min(holm(draw.uniform(size=8))) < 0.05 for _ in range(2000)])
+    assert found < 0.06
+
+
+@pytest.mark.parametrize("a, b", [([1., 2.], [1., 2., 3.]), ([1.], [2.]), ([0., 1.], [1., 1.]),
+                                  ([1., math.inf], [1., 1.]), ("word", [1., 2.]), ([[1., 2.]], [1., 2.])])
+def test_what_cannot_be_compared_is_refused(a, b):
+    with pytest.raises(ValueError, match="^(a|b|a and b) must be"): paired_ratio(a, b)
+    for bad in ([], [0.5, 1.1], [math.nan], "word"):
+        with pytest.raises(ValueError, match="p_values must be"): holm(bad)
+    with pytest.raises(ValueError, match="margin must be"): verdict(0.9, 1.1, 0.5, 1.)
+    with pytest.raises(ValueError, match="low must not be above"): verdict(1.2, 1.1, 0.5, 1.1)
 
 
 # --- several processes

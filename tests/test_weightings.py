@@ -64,8 +64,9 @@ def test_every_weight_against_50_digits_at_extreme_levels():
         'nelbo': lambda l: 1, 'simple': lambda l: 1, 'rescaled': lambda l: e(-l), 'snr': lambda l: e(l),
         'snr_plus_one': lambda l: (e(l) + 1) / e(l), 'truncated_snr': lambda l: max(e(l), 1) / e(l),
         'min_snr': lambda l: min(e(l), 5) / e(l), 'soft_min_snr': lambda l: 5 / (e(l) + 5),
-        'p2(k=2, gamma=0.5)': lambda l: 1 / (2 + e(l))**mp.mpf(0.5),
-        'sech': lambda l: mp.sech(l / 2), 'exponential': lambda l: e(-l / 2),
+        'p2(k=2, gamma=0.5)': lambda l: 1 / (2 + e(l))**mp.mpf(0.5), 'debiased': lambda l: e(-l / 2),
+        'sech': lambda l: mp.sech(l / 2), 'monotonic': lambda l: mp.sech(max(l, 0) / 2),
+        'exponential': lambda l: e(-l / 2),
         'sigmoid': lambda l: 1 / (1 + e(l - 2)),
         'edm': lambda l: bell(l, mp.mpf(2.4), mp.mpf(2.4)) * (1 + 4 * e(-l)),
         'edm(mean=-1, std=2, sigma_data=2)': lambda l: bell(l, -1, 2) * (e(-l) + 4) / 4,
@@ -99,6 +100,24 @@ def test_edm_monotonic_is_edm_right_of_its_peak_and_never_rises_or_is_refused(me
         return
     assert not rises(k[top:]) and abs(w._peak - k[top]) <= 2 * (k[1] - k[0])
     assert torch.equal(w.w(k), EDM(mean, std, sigma_data).w(k.clamp(min=w._peak)))
+
+
+@few
+@given(st.floats(-10, 10), st.floats(0.5, 4), st.floats(0.1, 3))
+def test_a_weight_made_monotonic_is_itself_behind_its_peak_and_never_rises(mean, std, sigma_data):
+    "as EDM's, whose peak is known; what falls stays; factors and what rises behind its peak are refused"
+    of = lambda words: from_spec(WEIGHTINGS, words, 'weighting')
+    own, k = f'edm({mean}, {std}, {sigma_data})', torch.linspace(-39, 39, 4001, dtype=f64)
+    try: known = WEIGHTINGS['edm_monotonic'](mean, std, sigma_data)
+    except ValueError:
+        with pytest.raises(ValueError, match='rises to the right'): of(f'monotonic({own})')
+        return
+    close(of(f'monotonic({own})').w(k), known.w(k), rtol=1e-9, atol=0)
+    for falling in ('nelbo', 'sigmoid(k=-3)', 'exponential', 'implied(cosine, eps, rescaled)'):
+        assert torch.equal(of(f'monotonic({falling})').w(k), of(falling).w(k))
+    for rising in ('implied(cosine, eps, snr)', 'implied(cosine, score, weighted)'):
+        with pytest.raises(ValueError, match='rises to the right'): of(f'monotonic({rising})')
+    with pytest.raises(ValueError, match='Bind it to a schedule'): of('monotonic(min_snr)')
 
 
 @pytest.mark.parametrize('triple, want', [
