@@ -6,6 +6,8 @@
 __all__ = ['ENOUGH', 'LossHistory', 'AdaptiveSchedule']
 
 # %% ../nbs/library/14_adaptive.ipynb #65ac2b67
+import copy
+
 import torch
 
 from .core import number, typed
@@ -39,15 +41,24 @@ class LossHistory:
         self.windows = (at - reach).clamp(min=0), (at + reach + 1).clamp(max=bins)   # growing, of each bin
 
     def set(self, averages):
-        "Take over the averages, and share the time among the bins accordingly."
+        "Take over the averages, (bins,) or one row for each of several, and share the time accordingly."
         self.averages = averages
-        seen = averages.nan_to_num(averages.nanmean().item())**(1 / self.moment)
-        share = seen / seen.max() if seen.max() > 0 else torch.ones_like(seen)
-        share = share / share.sum()
+        seen = averages.where(~averages.isnan(), averages.nanmean(-1, keepdim=True))**(1 / self.moment)
+        top = seen.amax(-1, keepdim=True)
+        share = (seen / top).where(top > 0, 1.)
+        share = share / share.sum(-1, keepdim=True)
         mass = (1 - self.uniform) * share + self.uniform / self.bins
-        self.mass = mass / mass.sum()
-        self.cdf = torch.cat([mass.new_zeros(1), self.mass.cumsum(0)])   # at the edges
-        self.cdf[-1] = 1
+        self.mass = mass / mass.sum(-1, keepdim=True)
+        self.cdf = torch.nn.functional.pad(self.mass.cumsum(-1), (1, 0))   # at the edges
+        self.cdf[..., -1] = 1
+
+    def rows(self, q):
+        "Values of a batch in a row for each history, if there are several."
+        return q if self.averages.ndim == 1 else q.view(len(self.averages), -1)
+
+    def at(self, values, i):
+        "The values of bins."
+        return values[i] if values.ndim == 1 else values.gather(-1, i)
 
     @typed
     def observe(self,
@@ -57,20 +68,29 @@ class LossHistory:
         "Average in one batch; a batch with values that are not finite is left out."
         logsnr, value = (q.detach().to(self.edges) for q in (logsnr, value))
         _require_one_each(logsnr, value)
-        if not (logsnr.isfinite() & value.isfinite()).all() or not len(value): return
+        logsnr, value = self.rows(logsnr), self.rows(value)
+        whole = (logsnr.isfinite() & value.isfinite()).all(-1, keepdim=True)
+        if not whole.any() or not value.numel(): return
+        value = value.where(whole, 0.)
         if (value < 0).any(): raise ValueError(f'value must not be negative, but one is {value.min():g}.')
-        self.largest = max(self.largest, len(value))
-        small = 2 * self.largest < self.bins
-        (self._fade_in if small else self._average_in)(self._bin(logsnr), value**self.moment)
+        self.largest = max(self.largest, value.shape[-1])
+        if 2 * self.largest < self.bins: self._fade_in(self._bin(logsnr), value**self.moment)
+        else: self._average_in(self._bin(logsnr), value**self.moment, whole)
 
-    def _average_in(self, i, value):
-        "Each bin's average moves towards the batch's."
-        count = torch.zeros_like(self.averages).index_add_(0, i, torch.ones_like(value))
-        mean = torch.zeros_like(self.averages).index_add_(0, i, value) / count.clamp(min=1)
-        if not mean.isfinite().all(): return
+    def _average_in(self, i, value, whole):
+        "Each bin's average moves towards the batch's, where that is whole."
+        count, mean = self._sums(i, torch.ones_like(value)), self._sums(i, value)
+        mean = mean / count.clamp(min=1)
         former = torch.where(self.averages.isnan(), mean, self.averages)
         moved = self.decay * former + (1 - self.decay) * mean
-        self.set(torch.where(count > 0, moved, self.averages))
+        heard = (count > 0) & whole & mean.isfinite().all(-1, keepdim=True)
+        if heard.any(): self.set(torch.where(heard, moved, self.averages))
+
+    def _sums(self, i, value):
+        "The sum in each bin."
+        if value.ndim == 2: i = i + self.bins * torch.arange(len(value))[:, None]
+        return torch.zeros_like(self.averages).flatten().index_add_(0, i.flatten(), value.flatten()).view_as(
+            self.averages)
 
     def _fade_in(self, i, value):
         "Sums that fade, of weighted values, of weights, and of examples; then averages over enough of them."
@@ -99,7 +119,7 @@ class LossHistory:
 
     def slope(self, i):
         "dλ/dt in bin i."
-        return -((self.edges[0] - self.edges[-1]) / self.bins / self.mass)[i]
+        return self.at(-((self.edges[0] - self.edges[-1]) / self.bins / self.mass), i)
 
 # %% ../nbs/library/14_adaptive.ipynb #83d88586
 def _require_one_each(logsnr, value):
@@ -139,21 +159,22 @@ class AdaptiveSchedule(Schedule):
     def path(self, u):
         require_formula(self, u)
         h = self._history
-        v = u.to(h.cdf)
+        v = h.rows(u.to(h.cdf))
         i = torch.searchsorted(h.cdf, v.detach(), right=True).sub(1).clamp(0, h.bins - 1)
-        return (h.edges[i] + (v - h.cdf[i]) * h.slope(i)).to(u)
+        return (h.edges[i] + (v - h.at(h.cdf, i)) * h.slope(i)).view_as(u).to(u)
 
     def inverse(self, logsnr):
         require_formula(self, logsnr)
         h = self._history
-        k = logsnr.to(h.edges)
+        k = h.rows(logsnr.to(h.edges))
         i = h._bin(k.detach())
-        return (h.cdf[i] + (k - h.edges[i]) / h.slope(i)).to(logsnr)
+        return (h.at(h.cdf, i) + (k - h.edges[i]) / h.slope(i)).view_as(logsnr).to(logsnr)
 
     def slope(self, logsnr):
         require_formula(self, logsnr)
         h = self._history
-        return h.slope(h._bin(logsnr.detach().to(h.edges))).to(logsnr).where(~logsnr.isnan(), logsnr)
+        slope = h.slope(h._bin(h.rows(logsnr.detach().to(h.edges))))
+        return slope.view_as(logsnr).to(logsnr).where(~logsnr.isnan(), logsnr)
 
     def observe(self,
                 logsnr: torch.Tensor,  # λ of a batch, shape (n,)
@@ -161,6 +182,30 @@ class AdaptiveSchedule(Schedule):
                ):
         "Learn from one batch. Values that are not finite are for the training to report, not to learn from."
         self._history.observe(logsnr, value)
+
+    @classmethod
+    def together(cls,
+                 schedules: list,  # with the same options, for parts of one batch of equal size
+                ):                 # a schedule
+        "One schedule for all parts of a batch, with a history for each: as fast as one."
+        joint = copy.copy(schedules[0])
+        joint._history = copy.copy(joint._history)
+        joint._history.set(torch.stack([s._history.averages for s in schedules]))
+        return joint
+
+    def apart(self,
+              schedules: list,  # those it was made of
+             ):
+        "Give each schedule what was learned for it."
+        for s, averages in zip(schedules, self._history.averages):
+            s._history.largest = self._history.largest
+            s._history.set(averages.clone())
+
+    def joins(self,
+              batch_size: int,  # of each part
+             ) -> bool:
+        "Can several be computed together? Not with batches so small that their sums fade."
+        return 2 * (batch_size or 0) >= self.bins
 
     def state(self):
         "What has been learned, for a checkpoint."

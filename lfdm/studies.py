@@ -549,7 +549,8 @@ def outcomes(study: str,        # whose networks they are
     inside, how = suffixed(study, scale), dict(progress=progress, workers=workers)
     runs, diverged = make_grid(parameters, inside, stack=stack, **how)
     plain = lambda p: {k: v for k, v in asdict(p).items() if v is not None}
-    settings = [dict(parameters=plain(p), ways={k: str(v) for k, v in ways.items()}, n=n, real=real) for p in runs]
+    meant = {way: str(how_to) for way, how_to in ways.items()}
+    settings = [dict(parameters=plain(p), ways=meant, n=n, real=real) for p in runs]
     sampled = all_cached(study, scale, settings, partial(_quality_by_names, inside), **how)
     noise = {p.dataset: _real_distance(DATASETS[p.dataset](), n, real) for p in runs}
     found = {p: dict.fromkeys((*OUTCOMES, *ways), math.inf) for p in diverged}

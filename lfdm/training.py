@@ -362,31 +362,49 @@ def _diverged(report, loss, lr):
 
 # %% ../nbs/library/70_training.ipynb #8218fd52
 @typed
-def alike(losses: list,  # one for each network
-         ) -> list:      # slices: runs of neighbours with the same loss; raises TypeError
+def alike(losses: list,           # one for each network
+          batch_size: int = None, # of each; without it, a loss whose schedule learns is like no other
+         ) -> list:               # slices: runs of neighbours with the same loss; raises TypeError
     "Which neighbours of a stack can be computed as one loss."
     _require_each('losses', losses, DiffusionLoss)
-    groups = [list(group) for _, group in groupby(range(len(losses)), key=lambda m: _exactly(m, losses[m]))]
+    key = lambda m: _exactly(m, losses, batch_size)
+    groups = [list(group) for _, group in groupby(range(len(losses)), key=key)]
     return [slice(group[0], group[-1] + 1) for group in groups]
 
 def _require_each(name, values, kind):
     for v in values:
         if not isinstance(v, kind): raise TypeError(f'{name} must be {kind.__name__}s, not {shown(v)}.')
 
-def _exactly(m, loss):
-    "The classes and exact options of a loss. One whose schedule learns is like no other."
-    if hasattr(loss.schedule, 'state'): return m
-    return type(loss), *(choice.exactly() for choice in (loss.schedule, loss.target, loss.weighting))
+def _exactly(m, losses, batch_size):
+    "The classes and exact options of a loss. A schedule that learns must have one history for each network."
+    loss, schedule = losses[m], losses[m].schedule
+    if hasattr(schedule, 'state'):
+        shared = sum(other.schedule is schedule for other in losses) > 1
+        if shared or not hasattr(schedule, 'joins') or not schedule.joins(batch_size): return m
+    return type(loss), *(choice.exactly() for choice in (schedule, loss.target, loss.weighting))
+
+def _joined(losses, groups):
+    "One loss for each group; its schedules that learn become one."
+    joint = [copy.copy(losses[own.start]) for own in groups]
+    for loss, own in zip(joint, groups):
+        schedules = [q.schedule for q in losses[own]]
+        if len(schedules) > 1 and loss.schedule.learned: loss.schedule = loss.schedule.together(schedules)
+    return joint
+
+def _parted(joint, losses, groups):
+    "Each schedule that learns gets what was learned for it."
+    for loss, own in zip(joint, groups):
+        if loss.schedule is losses[own.start].schedule: continue
+        loss.schedule.apart([q.schedule for q in losses[own]])
 
 # %% ../nbs/library/70_training.ipynb #2cda6730
-def _stack_loss(state, forward, losses, x, groups):
-    "The mean loss of each network of a stack on its own batch: x of shape (M, n, D), groups by `alike`."
+def _stack_loss(state, forward, groups, x):
+    "The mean loss of each network of a stack on its batch: x of shape (M, n, D), groups (loss, networks)."
     m, n = x.shape[:2]
     flat = lambda q: q.flatten(0, 1)
     drawn = [draw(batch, g) for batch, g in zip(x, state.generators)]
     t, eps = map(torch.stack, zip(*drawn))   # (M, n), (M, n, D)
 
-    groups = [(losses[own.start], own) for own in groups]
     parts = [loss.noisy(flat(x[own]), flat(t[own]), flat(eps[own])) for loss, own in groups]
     z = torch.cat([z for z, _, _ in parts])
     level = Level(*map(torch.cat, zip(*(level for _, _, level in parts))))
@@ -414,20 +432,21 @@ def train_stack(state: TrainState,      # of a StackedMLP, with one seed per net
     data = _require_one_each(state, losses, data, validations)
     require_known_schedules(state, losses)
     epochs, batch_size = checked_epochs(epochs), checked_batch_size(batch_size, len(data[0]))
-    groups, n, device = alike(losses), len(data[0]), data[0].device
+    groups, n, device = alike(losses, batch_size), len(data[0]), data[0].device
     net = state.net if forward is None else forward
     state.ends_with(max(epochs - state.epoch, 0) * math.ceil(n / batch_size))
 
     if not state.history:
         state.history.append([{'epoch': 0} | report for report in _each_measured(state, validations)])
     while state.epoch < epochs:
-        total = torch.zeros(len(losses), device=device)
+        total, joint = torch.zeros(len(losses), device=device), _joined(losses, groups)
         orders = [torch.randperm(n, generator=g, device=device) for g in state.generators]
         shuffled = torch.stack([x[order] for x, order in zip(data, orders)])
         for x in shuffled.split(batch_size, 1):
-            values = _stack_loss(state, net, losses, x, groups)
+            values = _stack_loss(state, net, list(zip(joint, groups)), x)
             state.descend(values.sum())
             total += values.detach() * x.shape[1]
+        _parted(joint, losses, groups)
         state.epoch += 1
         reports = [{'epoch': state.epoch, 'train_loss': t / n} | report
                    for t, report in zip(total.tolist(), _each_measured(state, validations))]

@@ -82,6 +82,30 @@ def test_small_batches_fade_and_weigh_as_their_bins_are_seldom_visited():
         assert s._history.averages == pytest.approx([total / weight] * 3, rel=1e-5)   # too few for one bin
 
 
+@pytest.mark.parametrize("moment, bins", [(1, 100), (2, 7)])
+def test_schedules_that_learn_together_are_what_each_is_alone(moment, bins):
+    "to the bit, parts that are not finite or overflow included; the last batch is smaller than half the bins"
+    new = lambda: [AdaptiveSchedule(-9, 9, bins, moment=moment) for _ in range(3)]
+    alone, kept = new(), new()
+    joint, g = AdaptiveSchedule.together(kept), seeded(0)
+    assert joint.joins(64) and not AdaptiveSchedule().joins(49)
+    for step, n in enumerate([64] * 30 + [5]):
+        t, value = torch.rand(3, n, generator=g), torch.rand(3, n, generator=g, dtype=f64).exp()
+        if step == 3: value[1, 0] = math.nan
+        if step == 4: value[0, 0] = 1e300
+        logsnr = torch.stack([s.logsnr(own) for s, own in zip(alone, t)])
+        assert torch.equal(joint.logsnr(t.flatten()), logsnr.flatten())
+        density = torch.cat([s.density(k) for s, k in zip(alone, logsnr)])
+        assert torch.equal(joint.density(logsnr.flatten()), density)
+        assert torch.equal(joint.t(logsnr.flatten()), torch.cat([s.t(k) for s, k in zip(alone, logsnr)]))
+        joint.observe(logsnr.flatten(), value.flatten())
+        for s, k, v in zip(alone, logsnr, value): s.observe(k, v)
+    joint.apart(kept)
+    for s, other in zip(alone, kept):
+        for a, b in zip(s.state().values(), other.state().values()): assert torch.equal(a, b)
+        assert torch.equal(s._history.cdf, other._history.cdf)
+
+
 @pytest.mark.parametrize("bins", [3, 7])
 def test_a_state_is_a_copy_and_belongs_to_its_schedule(bins):
     s, other = AdaptiveSchedule(-3, 5, bins=bins), AdaptiveSchedule(-3, 5, bins=bins)

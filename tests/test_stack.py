@@ -59,7 +59,10 @@ def test_losses_are_alike_if_all_digits_of_their_options_are():
     apart = [LOSS, Mine(), DiffusionLoss(Shifted()), *secrets]
     assert alike(apart) == [slice(m, m + 1) for m in range(len(apart))]
     assert alike([secrets[0]] * 2) == [slice(0, 2)]
-    assert alike([DiffusionLoss("adaptive", "v", "sigmoid")] * 2) == [slice(0, 1), slice(1, 2)]
+    learning = [DiffusionLoss("adaptive", "v", "sigmoid") for _ in range(2)]
+    assert alike(learning, 50) == [slice(0, 2)]
+    for one_each in (alike(learning), alike(learning, 49), alike([learning[0]] * 2, 50)):
+        assert one_each == [slice(0, 1), slice(1, 2)]
 
 
 def test_what_one_network_of_a_stack_teaches_its_schedule_is_its_own():
