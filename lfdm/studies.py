@@ -141,15 +141,18 @@ def sample_quality(denoiser: Denoiser,  # denoiser(z, level) -> (x̂, ε̂)
                    n: int = 4000,       # samples
                    seed: int = 0,       # of the samples
                    real: int = 20_000,  # real points compared with
-                  ) -> np.ndarray:      # (sliced Wasserstein distance, share outside)
+                   draws: int = 1,      # sets of n samples, each compared with other real points
+                  ) -> np.ndarray:      # (sliced Wasserstein distance, share outside), means over the draws
     "How good the samples of a denoiser are; inf where the samples stopped being finite."
     schedule, real = _checked_levels(levels), number('real', real, low=1, integer=True)
-    try: samples = sample(denoiser, n, dataset.dim, steps, schedule, sampler, seed)
+    n, draws = number('n', n, low=1, integer=True), number('draws', draws, low=1, high=1e4, integer=True)
+    try: samples = sample(denoiser, n * draws, dataset.dim, steps, schedule, sampler, seed)
     except (FloatingPointError, RuntimeError) as e:
         if not _is_divergence(e): raise
         return np.array([np.inf, np.inf])
-    distance = sliced_wasserstein(samples, dataset.sample(real, seed=1, split='test'))
-    return np.array([distance, outside(samples, dataset)])
+    distances = [sliced_wasserstein(own, dataset.sample(real, seed=i, split='test'))
+                 for i, own in enumerate(samples.split(n), 1)]
+    return np.array([np.mean(distances), outside(samples, dataset)])
 
 # %% ../nbs/library/98_studies.ipynb #2077caeb
 def _checked_levels(levels):
@@ -169,6 +172,7 @@ def network_quality(parameters: dict,  # of a finished run
                     ways: list,        # names in WAYS
                     n: int,            # samples
                     real: int,         # real points compared with
+                    draws: int = 1,    # sets of n samples
                    ) -> dict:          # way -> (sliced Wasserstein distance, share outside)
     "How good a network's samples are, for each way to sample."
     ways = {way: lookup(WAYS, way, 'way among the ways:') for way in ways}
@@ -177,7 +181,8 @@ def network_quality(parameters: dict,  # of a finished run
             raise ValueError(f"parameters: {unknown('parameter', name, Parameters.__dataclass_fields__)}")
     torch.set_num_threads(1)
     run = load_run(folder_of(*grid(**parameters), study))
-    judged = partial(sample_quality, run.denoiser(), run.dataset, n=n, seed=run.parameters.seed, real=real)
+    how = dict(n=n, seed=run.parameters.seed, real=real, draws=draws)
+    judged = partial(sample_quality, run.denoiser(), run.dataset, **how)
     return {name: judged(*way) for name, way in ways.items()}
 
 # %% ../nbs/library/98_studies.ipynb #5cbfbe88
@@ -540,6 +545,7 @@ def outcomes(study: str,        # whose networks they are
              ways: list,        # names in WAYS: how to sample
              n: int = 4000,     # samples
              real: int = 20_000,  # real points compared with
+             draws: int = 1,    # sets of n samples, of whose distances the mean is taken
              workers: int = 1,  # processes
              stack: int = 8,    # networks trained together
              progress: Callable = None,  # called as progress(phase, done, total)
@@ -550,7 +556,7 @@ def outcomes(study: str,        # whose networks they are
     runs, diverged = make_grid(parameters, inside, stack=stack, **how)
     plain = lambda p: {k: v for k, v in asdict(p).items() if v is not None}
     meant = {way: str(how_to) for way, how_to in ways.items()}
-    settings = [dict(parameters=plain(p), ways=meant, n=n, real=real) for p in runs]
+    settings = [dict(parameters=plain(p), ways=meant, n=n, real=real, draws=draws) for p in runs]
     sampled = all_cached(study, scale, settings, partial(_quality_by_names, inside), **how)
     noise = {p.dataset: _real_distance(DATASETS[p.dataset](), n, real) for p in runs}
     found = {p: dict.fromkeys((*OUTCOMES, *ways), math.inf) for p in diverged}
@@ -559,8 +565,8 @@ def outcomes(study: str,        # whose networks they are
         found[p] |= {way: float(quality[way][0]) / noise[p.dataset] for way in ways}
     return [found[p] for p in parameters]
 
-def _quality_by_names(study, parameters, ways, n, real):   # settings say what each name means
-    return network_quality(parameters, study, list(ways), n, real)
+def _quality_by_names(study, parameters, ways, **how):   # settings say what each name means
+    return network_quality(parameters, study, list(ways), **how)
 
 @lru_cache
 def _real_distance(dataset, n, real): return noise_floor(sliced_wasserstein, dataset, n, real, repeats=40)[0]
