@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DISTANCES', 'require_method', 'floor_per_logsnr', 'floor', 'require_comparable', 'require_finite', 'mean_distance',
-           'covariance_distance', 'unit_vectors', 'sliced_wasserstein', 'noise_floor', 'judge', 'require_samples']
+           'covariance_distance', 'unit_vectors', 'sliced_wasserstein', 'sorted_lines', 'distance_of_lines',
+           'noise_floor', 'judge', 'require_samples']
 
 # %% ../nbs/library/90_evaluation.ipynb #95e3d243
 import math
@@ -127,8 +128,24 @@ def sliced_wasserstein(x: torch.Tensor,  # samples, shape (n, D)
                       ) -> float:        # in units of the data
     "The sliced Wasserstein-2 distance: root mean square over directions and quantiles."
     require_comparable(x, y)
+    return distance_of_lines(*(sorted_lines(q, projections, seed) for q in (x, y)))
+
+@typed
+def sorted_lines(x: torch.Tensor,  # samples, shape (n, D)
+                 projections: int = 128, # number of directions
+                 seed: int = 0,    # of the directions, for D > 2
+                ) -> torch.Tensor: # shape (n, projections), float64, each column sorted
+    "Samples projected on lines: what a sliced distance needs of them, for those that are compared often."
+    require_comparable(x, x)
     v = unit_vectors(x.shape[1], number('projections', projections, low=1, integer=True), seed)
-    x, y = (_sorted(s.double().cpu() @ v.T) for s in (x, y))
+    return _sorted(x.double().cpu() @ v.T)
+
+@typed
+def distance_of_lines(x: torch.Tensor,  # sorted lines, shape (n, projections)
+                      y: torch.Tensor,  # others on the same lines, shape (m, projections)
+                     ) -> float:        # the sliced Wasserstein-2 distance
+    "Root mean square difference of the quantiles, over the lines."
+    require_comparable(x, y)
     n, m = len(x), len(y)
     cuts = torch.cat([torch.arange(n + 1) * m, torch.arange(m + 1) * n]).unique()
     gap = x[cuts[:-1] // m] - y[cuts[:-1] // n]
