@@ -111,10 +111,15 @@ def train_stacked(tasks: list,      # of PointsTask, alike
     progress('train', state.epoch, p.epochs)
     validations = [task.validation() for task in tasks]
     forward = with_precision(nets, p.precision)
-    for _ in train_stack(state, losses, data, p.epochs, p.batch_size, validations, forward):
-        state.save(checkpoint, name)
-        progress('train', state.epoch, p.epochs)
+    try:
+        for _ in train_stack(state, losses, data, p.epochs, p.batch_size, validations, forward):
+            state.save(checkpoint, name)
+            progress('train', state.epoch, p.epochs)
+    except FloatingPointError:
+        if not _all_diverged(state): raise
     return state
+
+def _all_diverged(state): return all('diverged' in report for report in state.history[-1])
 
 # %% ../nbs/library/96_grids.ipynb #faf4d312
 def sample_stacked(tasks: list, # of PointsTask, alike
@@ -138,6 +143,9 @@ def _make_stack(batch, study, root, progress):
     with advice_on_writing('runs', study_folder), advice_on_memory(tasks[0]), locked(folders, busy):
         began = time.perf_counter()
         state = train_stacked(tasks, checkpoint, progress)
+        if _all_diverged(state):
+            checkpoint.unlink(missing_ok=True)
+            return dict.fromkeys(batch, state.epoch)
         samples = sample_stacked(tasks, state.result, progress)
         seconds = round((time.perf_counter() - began) / len(batch), 1)
         histories = [[reports[m] for reports in state.history] for m in range(len(batch))]

@@ -236,6 +236,8 @@ def test_a_diverging_run_of_a_grid_is_named_and_the_others_are_whole(tmp_path, m
     fine, ill = grid(seed=[0, 1], **SMALL), grid(seed=[0, 1], **SMALL | dict(dataset="huge"))
     runs, diverged = make_grid(fine + ill, root=tmp_path)
     assert list(runs) == fine and diverged == {p: 1 for p in ill}
+    runs, diverged = make_grid(ill, root=tmp_path / "all of a stack")
+    assert not runs and diverged == {p: 1 for p in ill} and not list(tmp_path.rglob(".stack-*"))
 
 
 def test_a_grid_over_the_options_stacks_what_is_alike(tmp_path):

@@ -300,6 +300,20 @@ def test_what_cannot_be_compared_is_refused(a, b):
     with pytest.raises(ValueError, match="low must not be above"): verdict(1.2, 1.1, 0.5, 1.1)
 
 
+def test_outcomes_come_in_the_order_asked_and_say_inf_for_what_diverged(tmp_path, monkeypatch):
+    monkeypatch.setenv("LFDM_RUNS", str(tmp_path))
+    asked = grid(lr=[1e-3, 1e6, 2e-3], **SMALL)
+    found = studies.outcomes("some", "smoke", asked, ["euler, 8", "dpmpp_2m, 8"], n=20, real=40, draws=2)
+    assert [list(q) for q in found] == [[*studies.OUTCOMES, "euler, 8", "dpmpp_2m, 8"]] * 3
+    assert [all(np.isfinite(list(q.values()))) for q in found] == [True, False, True]
+    assert set(found[1].values()) == {math.inf}
+    again = studies.outcomes("some", "smoke", asked[::-1], ["euler, 8", "dpmpp_2m, 8"], n=20, real=40, draws=2)
+    assert again == found[::-1]
+    one, = studies.outcomes("some", "smoke", asked[:1], ["euler, 8"], n=20, real=40)
+    assert one["euler, 8"] != found[0]["euler, 8"] and one["excess"] == found[0]["excess"]
+    with pytest.raises(ValueError, match="unknown way"): studies.outcomes("some", "smoke", asked, ["euler, 9"])
+
+
 # --- several processes
 
 def test_two_workers_keep_the_order_and_lose_nothing_to_an_error(place_for_all):
