@@ -73,7 +73,8 @@ class Run:
     def denoiser(self):
         "denoiser(z, level) -> (x̂, ε̂) of the trained network, within the range of λ it knows."
         p = self.parameters
-        return network_denoiser(self.net, p.target, within=(p.logsnr_min, p.logsnr_max))
+        within = p.logsnr_min, p.logsnr_max
+        return network_denoiser(self.net, p.target, within, self.loss.schedule.scales)
 
     @typed
     def sample(self,

@@ -46,15 +46,24 @@ class Step(Protocol):
 def network_denoiser(net: Callable,         # network: net(z, u) -> ŷ
                      target,                # what it predicts: name, class or instance
                      within: tuple = None,  # (λ_min, λ_max) it was trained on; default: not known
+                     scales: Callable = None,  # scales(λ) -> (α, σ) of its training; default: the level's
                     ) -> Denoiser:          # raises TypeError or ValueError
-    "A network's guess of data and noise."
+    "A network's guess of data and noise; told its training's scales, at levels of others as well."
     target, within = instance(TARGETS, target, 'target', Target), checked_within(within)
     def denoiser(z, level):
+        if scales is not None: z, level = _as_trained(z, level, scales)
         y_hat = predict(net, z, level)
         alpha, sigma = expand(level.alpha, z), expand(level.sigma, z)
         return target.to_x(y_hat, z, alpha, sigma), target.to_eps(y_hat, z, alpha, sigma)
     denoiser.within = within
     return denoiser
+
+def _as_trained(z, level, scales):
+    "Noisy data and its level in the scales of the training. Of the targets, only the score depends on them."
+    own = Level(level.logsnr, *scales(level.logsnr))
+    ratio = own.scale / level.scale
+    if not ratio.isfinite().all() or ((ratio - 1).abs() < 1e-4).all(): return z, level
+    return z * expand(ratio, z), own
 
 @typed
 def exact_denoiser(dataset,  # a data set with an exact `denoise`

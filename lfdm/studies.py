@@ -569,7 +569,7 @@ def outcomes(study: str,        # whose networks they are
     meant = {way: str(how_to) for way, how_to in ways.items()}
     settings = [dict(parameters=plain(p), ways=meant, n=n, real=real, draws=draws) for p in runs]
     sampled = all_cached(study, scale, settings, partial(_quality_by_names, inside), **how)
-    noise = {p.dataset: _real_distance(DATASETS[p.dataset](), n, real) for p in runs}
+    noise = {d: _real_distance(d, n, real) for d in {p.dataset for p in runs}}
     found = {p: dict.fromkeys((*OUTCOMES, *ways), math.inf) for p in diverged}
     for (p, run), quality in zip(runs.items(), sampled):
         found[p] = {k: run.summary[k] for k in OUTCOMES}
@@ -580,7 +580,8 @@ def _quality_by_names(study, parameters, ways, **how):   # settings say what eac
     return network_quality(parameters, study, list(ways), **how)
 
 @lru_cache
-def _real_distance(dataset, n, real): return noise_floor(sliced_wasserstein, dataset, n, real, repeats=40)[0]
+def _real_distance(name, n, real):
+    return noise_floor(sliced_wasserstein, DATASETS[name](), n, real, repeats=40)[0]
 
 # %% ../nbs/library/98_studies.ipynb #08826da6
 @typed

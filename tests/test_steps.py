@@ -17,9 +17,11 @@ from lfdm.steps import (
     ddim_step,
     dpmpp_2m_step,
     edm_step,
+    network_denoiser,
     predictor_corrector_step,
     solve,
 )
+from lfdm.targets import TARGETS
 
 few = settings(max_examples=6, deadline=None, derandomize=True, database=None)
 every = pytest.mark.parametrize("sampler", SAMPLERS)
@@ -191,3 +193,17 @@ def test_solve_knows_what_it_cannot_miss():
     numbers(solve(growth, grown, phi + 1, phi, 1e-9, 1e-9), z, rtol=1e-7, atol=0)   # backwards
     assert min(seen) >= .3 - 1e-12 and max(seen) <= 1.3 + 1e-12                     # never beyond an end
     numbers(at_angle(phi).angle, phi)
+
+
+SCALES = st.sampled_from(["cosine", "ve", "rectified_flow"])
+
+
+@few
+@given(st.sampled_from(list(TARGETS)), SCALES, SCALES, st.floats(-8, 8))
+def test_a_network_guesses_the_same_whatever_the_scales_of_the_sampling(target, trained, sampled, logsnr):
+    "the score is one of its own scales: asked at others as it is, it would answer something else"
+    own, y, k = SCHEDULES[trained](), TARGETS[target](), torch.tensor(logsnr, dtype=f64)
+    at, x, eps = SCHEDULES[sampled]().level_at(k), *randn(2, 5, 2)
+    def net(z, u): return y.encode(x, eps, *own.scales(k))
+    guess = network_denoiser(net, target, scales=own.scales)(at.alpha * x + at.sigma * eps, at)
+    for got, want in zip(guess, (x, eps)): torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
