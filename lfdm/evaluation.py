@@ -146,7 +146,7 @@ def distance_of_lines(x: torch.Tensor,  # sorted lines, shape (n, projections)
                      ) -> float:        # the sliced Wasserstein-2 distance
     "Root mean square difference of the quantiles, over the lines."
     require_comparable(x, y)
-    n, m = len(x), len(y)
+    x, y, n, m = x.double(), y.double(), len(x), len(y)
     cuts = torch.cat([torch.arange(n + 1) * m, torch.arange(m + 1) * n]).unique()
     gap = x[cuts[:-1] // m] - y[cuts[:-1] // n]
     return (gap.square().mean(1) @ cuts.diff().double() / (n * m)).sqrt().item()

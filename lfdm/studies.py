@@ -549,6 +549,7 @@ def make_record(name: str,            # of the study
 # %% ../nbs/library/98_studies.ipynb #outcome2
 OUTCOMES = ('excess', 'floor', 'nelbo_excess')   # of a network, beside how far its samples are, by way
 
+# %% ../nbs/library/98_studies.ipynb #outcomeb
 @typed
 def outcomes(study: str,        # whose networks they are
              scale: str,        # one of SCALES
@@ -576,9 +577,11 @@ def outcomes(study: str,        # whose networks they are
         found[p] |= {way: float(quality[way][0]) / noise[p.dataset] for way in ways}
     return [found[p] for p in parameters]
 
+# %% ../nbs/library/98_studies.ipynb #outcomec
 def _quality_by_names(study, parameters, ways, **how):   # settings say what each name means
     return network_quality(parameters, study, list(ways), **how)
 
+# %% ../nbs/library/98_studies.ipynb #outcomed
 @lru_cache
 def _real_distance(name, n, real):
     return noise_floor(sliced_wasserstein, DATASETS[name](), n, real, repeats=40)[0]
@@ -631,6 +634,7 @@ def paired_ratio(a,                    # one positive number for each seed: a li
     p = 2 * stats.t.sf(abs(mean) / se, len(gap) - 1) if se else float(mean == 0)
     return tuple(float(q) for q in (np.exp(mean), np.exp(mean - reach), np.exp(mean + reach), p))
 
+# %% ../nbs/library/98_studies.ipynb #paired0b
 def _checked_series(name, values):
     "Positive finite numbers, two or more."
     try: found = np.asarray(values, dtype=float)
@@ -650,6 +654,7 @@ def holm(p_values,     # of comparisons made at once: a list or an array
     raised = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
     return raised[np.argsort(order)].tolist()
 
+# %% ../nbs/library/98_studies.ipynb #744461c8
 def _checked_probabilities(values):
     try: p = np.asarray(values, dtype=float)
     except (TypeError, ValueError): p = np.full(1, np.nan)
@@ -674,6 +679,7 @@ def verdict(low: float,     # of the interval of a ratio
 # %% ../nbs/library/98_studies.ipynb #advice02
 ADVICE = ('question', 'answer', 'conditions', 'sure', 'record', 'row', 'page')   # fields of a recommendation
 
+# %% ../nbs/library/98_studies.ipynb #advice0b
 def advice() -> list:  # of dicts with the fields ADVICE; raises ValueError, FileNotFoundError
     "The recommendations; where `row` names a comparison of the record, `sure` is read from it."
     import tomllib
@@ -681,6 +687,7 @@ def advice() -> list:  # of dicts with the fields ADVICE; raises ValueError, Fil
     with open(path, 'rb') as file: written = tomllib.load(file)['advice']
     return [_completed(entry) for entry in written]
 
+# %% ../nbs/library/98_studies.ipynb #advice0c
 def _completed(entry):
     "An entry with what its record says."
     for name in entry:
@@ -690,5 +697,5 @@ def _completed(entry):
     lookup(found, entry['row'], f"row of {entry['record']}:")
     f = found[entry['row']]
     interval = f"ratio {f['ratio']:.2f} ({f['low']:.2f} to {f['high']:.2f})"
-    said = f"{f['verdict']}: {interval}, p {f['p']:.2g} of eight, ten seeds"
+    said = f"{f['verdict']}: {interval}, p = {f['p']:.2g} (raised for eight), ten seeds"
     return dict.fromkeys(ADVICE, '') | entry | dict(sure=said)

@@ -367,6 +367,7 @@ def alike(losses: list,           # one for each network
          ) -> list:               # slices: runs of neighbours with the same loss; raises TypeError
     "Which neighbours of a stack can be computed as one loss."
     _require_each('losses', losses, DiffusionLoss)
+    if batch_size is not None: batch_size = number('batch_size', batch_size, low=1, integer=True)
     key = lambda m: _exactly(m, losses, batch_size)
     groups = [list(group) for _, group in groupby(range(len(losses)), key=key)]
     return [slice(group[0], group[-1] + 1) for group in groups]
@@ -456,11 +457,13 @@ def train_stack(state: TrainState,      # of a StackedMLP, with one seed per net
             raise FloatingPointError(f"all {len(losses)} networks diverged by epoch {state.epoch}: lower lr.")
         yield state
 
+# %% ../nbs/library/70_training.ipynb #f1c12cdb
 def _each_measured(state, validations):
     "What its validation says of each network's result; nothing without one."
     if not validations: return [{} for _ in state.generators]
     return [validation(state.result.alone(m)) for m, validation in enumerate(validations)]
 
+# %% ../nbs/library/70_training.ipynb #f1c12cdc
 def _require_one_each(state, losses, data, validations):
     "The data, if each network of a stack has its own, a loss and a seed; raises TypeError, ValueError."
     if not _is_stack(state.net): raise TypeError(f'state must be of a StackedMLP, not {shown(state.net)}.')
@@ -478,5 +481,6 @@ def _require_one_each(state, losses, data, validations):
     if len(shapes) != 1: raise ValueError(f'the data of a stack must have one shape, not {shown(shapes)}.')
     return data
 
+# %% ../nbs/library/70_training.ipynb #f1c12cdd
 @typed
 def _tensor(data: torch.Tensor): return data

@@ -33,10 +33,11 @@ LEFT = {
     **dict.fromkeys(["DownBlock", "UpBlock", "MidBlock", "ResBlock", "AttentionBlock"], "a part of UNet"),
     **dict.fromkeys(["Schedule", "BellSchedule", "Target", "Weighting", "LogSNRWeighting", "EpsFactor",
                      "RunParameters", "Dataset", "ImageSet", "Objective"], "abstract: its kinds are swept"),
-    **dict.fromkeys(["LossHistory.set", "LossHistory.slope", "TrainState.descend",
+    **dict.fromkeys(["LossHistory.set", "LossHistory.slope", "LossHistory.at", "LossHistory.rows",
+                     "AdaptiveSchedule.together", "AdaptiveSchedule.apart", "TrainState.descend",
                      *(f"{kind}Task.{does}" for kind in ("Image", "Points")
                        for does in ("fit", "judge", "samples"))], "called by its owner"),
-    **dict.fromkeys(["inception", "inception_file", "fid", "CIFAR10"], "needs files that are not here")}
+    **dict.fromkeys(["inception", "inception_file", "fid", "CIFAR10", "advice"], "needs files not here")}
 
 # What looks wrong and is right here: (function, argument, kind).
 RIGHT = {
