@@ -202,10 +202,11 @@ class AdaptiveSchedule(Schedule):
             s._history.set(averages.clone())
 
     def joins(self,
-              batch_size: int,  # of each part
+              batch_size: int = None,  # of each part; None: not known
              ) -> bool:
         "Can several be computed together? Not with batches so small that their sums fade."
-        return 2 * (batch_size or 0) >= self.bins
+        if batch_size is None: return False
+        return 2 * number('batch_size', batch_size, low=1, integer=True) >= self.bins
 
     def state(self):
         "What has been learned, for a checkpoint."
