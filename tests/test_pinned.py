@@ -14,7 +14,7 @@ from lfdm.runs import load_run
 STORED = {path.stem: json.loads(path.read_text()) for path in pinned.FOLDER.glob("*.json")}
 RUNS = sorted(path for path in (pinned.FOLDER / "runs").glob("*/*") if path.is_dir())
 HERE = pinned.machine() == STORED["machine"]   # elsewhere the last bits of a sum may differ
-BITS = STORED["bits"].get(pinned.products(), {}) if HERE else {}   # of a processor that adds up in its own way
+BITS = STORED["bits"].get(pinned.products(), {}) if HERE else {}   # if it adds up in its own way
 
 
 @pytest.fixture(scope="module")

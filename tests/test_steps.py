@@ -1,4 +1,5 @@
 "Attempts to break lfdm.steps: for one Gaussian every step is affine, so moments and orders are exact."
+import itertools
 import math
 from functools import partial
 
@@ -195,15 +196,16 @@ def test_solve_knows_what_it_cannot_miss():
     numbers(at_angle(phi).angle, phi)
 
 
-SCALES = st.sampled_from(["cosine", "ve", "rectified_flow"])
+KEPT = ["cosine", "ve", "rectified_flow"]   # variance preserved, exploding, a straight line
 
 
-@few
-@given(st.sampled_from(list(TARGETS)), SCALES, SCALES, st.floats(-8, 8))
-def test_a_network_guesses_the_same_whatever_the_scales_of_the_sampling(target, trained, sampled, logsnr):
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_network_guesses_the_same_whatever_the_scales_of_the_sampling(target):
     "the score is one of its own scales: asked at others as it is, it would answer something else"
-    own, y, k = SCHEDULES[trained](), TARGETS[target](), torch.tensor(logsnr, dtype=f64)
-    at, x, eps = SCHEDULES[sampled]().level_at(k), *randn(2, 5, 2)
-    def net(z, u): return y.encode(x, eps, *own.scales(k))
-    guess = network_denoiser(net, target, scales=own.scales)(at.alpha * x + at.sigma * eps, at)
-    for got, want in zip(guess, (x, eps)): torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+    y, (x, eps) = TARGETS[target](), randn(2, 5, 2)
+    for trained, sampled, logsnr in itertools.product(KEPT, KEPT, (-8., -1., 3., 8.)):
+        own, k = SCHEDULES[trained](), torch.tensor(logsnr, dtype=f64)
+        at = SCHEDULES[sampled]().level_at(k)
+        def net(z, u): return y.encode(x, eps, *own.scales(k))
+        guess = network_denoiser(net, target, scales=own.scales)(at.alpha * x + at.sigma * eps, at)
+        for got, want in zip(guess, (x, eps)): numbers(got, want, rtol=1e-6, atol=1e-6)
