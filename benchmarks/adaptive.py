@@ -56,8 +56,8 @@ def main():
     text = f"""# Adaptive schedules of a stack
 
 Together: {a:.2f} s of processor time an epoch of eight networks; one after the other: {b:.2f} s.
-Ratio: median {statistics.median(ratios):.2f}, from {ratios[0]:.2f} to {ratios[-1]:.2f} in {PAIRS} pairs of epochs.
-The weights are the same to the bit.
+Ratio: median {statistics.median(ratios):.2f}, from {ratios[0]:.2f} to {ratios[-1]:.2f} in {PAIRS} pairs of
+epochs. The weights are the same to the bit.
 
 Written by `benchmarks/adaptive.py`.
 """
