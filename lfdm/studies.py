@@ -593,8 +593,9 @@ RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)   # learning rates that
 def next_rates(means: dict,  # rate -> what it reached; the smallest is the best
               ) -> set:      # of RATES, not tried yet; raises ValueError
     "The rates beside the best one that are still to be tried; none if the search is over."
-    for rate in means:
+    for rate, mean in means.items():
         if rate not in RATES: raise ValueError(f'means must be by rates of {RATES}, not {shown(rate)}.')
+        number(f'means[{rate:g}]', mean)
     if not means: raise ValueError('means must hold at least one rate, but it is empty.')
     at = RATES.index(min(means, key=means.get))
     return {RATES[k] for k in (at - 1, at + 1) if 0 <= k < len(RATES)} - means.keys()

@@ -167,7 +167,8 @@ def examples(folder):
         load_record=dict(name="sweep", scale="smoke"), network_quality=dict(parameters=points),
         learned_score=dict(logsnr=.5), sample_quality=dict(levels=("cosine", -9., 9.)),
         paired_ratio=dict(a=[1., 2.], b=[2., 3.], level=.9), holm=dict(p_values=[.1, .2]),
-        verdict=dict(low=.9, high=1.2, p=.5, margin=1.1), outcomes=dict(parameters=[p]),
+        verdict=dict(low=.9, high=1.2, p=.5, margin=1.1), next_rates=dict(means={1e-3: 1.}),
+        outcomes=dict(parameters=[p]),
         # images
         dequantize=dict(u=torch.rand(digit.shape)), class_files=dict(folder=pictures / "train"),
         decode=dict(files=sorted((pictures / "test" / "a").iterdir()), size=None),
