@@ -42,12 +42,14 @@ COLORS = {  # the same thing has the same colour in every figure
     'linear': _palette[9], 'ddpm': _palette[9],
     've': _palette[6], 'linear_logsnr': _palette[6],
     'edm_train': '#54278f', 'edm_sample': '#54278f',
-    'rectified_flow': '#006d2c', 'logit_normal': '#006d2c',
+    'rectified_flow': '#006d2c', 'logit_normal': '#006d2c', 'cosmap': '#006d2c', 'mode': '#006d2c',
+    'beta': '#006d2c', 'laplace': '#7f6000', 'cauchy': '#7f6000',
     'discrete': _palette[7], 'adaptive': '#a50f15',
     'data': '#444444', 'floor': '#000000'}
 LABELS = {'x': '$x$', 'eps': '$\\epsilon$', 'v': '$v$', 'score': '$s$', 'F': '$F$', 'flow': '$u$'}
-DASHES = dict.fromkeys(('shifted_cosine', 'linear_logsnr', 'ddpm', 'edm_sample', 'logit_normal', 'discrete'),
-                       (0, (4, 1.5)))
+DASHES = dict.fromkeys(('shifted_cosine', 'linear_logsnr', 'ddpm', 'edm_sample', 'logit_normal', 'discrete',
+                        'cauchy'), (0, (4, 1.5)))
+DASHES |= {'cosmap': (0, (1, 1.2)), 'mode': (0, (6, 1.5, 1, 1.5)), 'beta': (0, (3, 1, 1, 1, 1, 1))}
 
 def use_style() -> None:
     "The project's figure style: call it once before drawing."

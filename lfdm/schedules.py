@@ -6,8 +6,8 @@
 __all__ = ['SCHEDULES', 'CONTINUOUS', 'Level', 'transition', 'posterior', 'preserving', 'exploding', 'straight', 'require_finite',
            'require_formula', 'Schedule', 'cosine_path', 'cosine_time', 'CosineSchedule', 'LinearSchedule',
            'LinearLogSNRSchedule', 'VESchedule', 'ShiftedCosineSchedule', 'BellSchedule', 'EDMTrainSchedule',
-           'EDMSampleSchedule', 'RectifiedFlowSchedule', 'LogitNormalSchedule', 'dlog_alpha', 'sde', 'sample_times',
-           'network_time', 'network_logsnr']
+           'EDMSampleSchedule', 'RectifiedFlowSchedule', 'checked_shift', 'LogitNormalSchedule', 'dlog_alpha', 'sde',
+           'sample_times', 'network_time', 'network_logsnr']
 
 # %% ../nbs/library/10_schedules.ipynb #7b8540e0
 import math
@@ -419,12 +419,26 @@ class EDMSampleSchedule(Schedule):
 
 # %% ../nbs/library/10_schedules.ipynb #c98a0a6b
 class RectifiedFlowSchedule(Schedule):
-    "A straight line from data to noise, α = 1 - t, σ = t before truncation."
+    "A straight line from data to noise: α = 1 - t, σ = t before shift and truncation."
     name = 'rectified_flow'
     scales = staticmethod(straight)
-    def path(self, u): return 2 * maths(u).log((1 - u) / u)
-    def inverse(self, logsnr): return maths(logsnr).sigmoid(-logsnr / 2)
-    def slope(self, logsnr): return -8 * maths(logsnr).cosh(logsnr / 4)**2
+
+    def __init__(self,
+                 logsnr_min: float = -12.9,  # λ at t = 1
+                 logsnr_max: float = 12.9,   # λ at t = 0
+                 shift: float = 1.,          # s: σ = st/(1 + (s - 1)t), which lowers λ by 2 log s; 3 in SD3
+                ):
+        self.shift = checked_shift(shift)
+        super().__init__(logsnr_min, logsnr_max)
+
+    def path(self, u): return 2 * maths(u).log((1 - u) / (self.shift * u))
+    def inverse(self, logsnr): return maths(logsnr).sigmoid(-logsnr / 2 - math.log(self.shift))
+    def slope(self, logsnr): return -8 * maths(logsnr).cosh(logsnr / 4 + math.log(self.shift) / 2)**2
+
+def checked_shift(shift,     # s
+                 ) -> float: # raises TypeError or ValueError
+    "The shift of a flow's noise scale, σ = sτ/(1 + (s - 1)τ); Esser et al. (2024)."
+    return number('shift', shift, low=1e-6, high=1e6)
 
 # %% ../nbs/library/10_schedules.ipynb #64f77810
 class LogitNormalSchedule(BellSchedule):
@@ -437,15 +451,17 @@ class LogitNormalSchedule(BellSchedule):
                  logsnr_max: float = 10.,   # λ at t = 0
                  m: float = 0.,             # mean of logit t
                  s: float = 1.,             # standard deviation of logit t
+                 shift: float = 1.,         # of the noise scale, as of rectified_flow: m + log(shift)
                 ):
         self.m = number('m', m, low=-40, high=40)
         self.s = number('s', s, low=1e-3, high=1e3)
+        self.shift = checked_shift(shift)
         super().__init__(logsnr_min, logsnr_max)
 
     @property
     def mean(self):
         "Mean of λ."
-        return -2 * self.m
+        return -2 * (self.m + math.log(self.shift))
 
     @property
     def std(self):

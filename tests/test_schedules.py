@@ -29,7 +29,8 @@ every = pytest.mark.parametrize("name", SCHEDULES)
 with_path = pytest.mark.parametrize("name", (*CONTINUOUS, "adaptive"))   # T levels have no process
 over_ranges = lambda test: few(given(u=st.floats(0, 1), v=st.floats(0, 1))(test))
 UNCUT = CosineSchedule(-math.inf, math.inf)
-EXPLODING, STRAIGHT = ("ve", "edm_train", "edm_sample"), ("rectified_flow", "logit_normal")
+EXPLODING = ("ve", "edm_train", "edm_sample")
+STRAIGHT = ("rectified_flow", "logit_normal", "cosmap", "mode", "beta")
 
 
 def grid(low, high, n=33, dtype=f64, **kw): return torch.linspace(low, high, n, dtype=dtype, **kw)
