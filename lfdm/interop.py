@@ -8,6 +8,7 @@ __all__ = ['PREDICTIONS', 'BETA_SCHEDULES', 'SCHEDULERS', 'BetasSchedule', 'from
 
 # %% ../nbs/library/45_interop.ipynb #5132c626
 import inspect
+import math
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -105,13 +106,21 @@ def _require_signal(scheduler):
                          + rest * bool(scheduler.betas[-1] == 1))
 
 # %% ../nbs/library/45_interop.ipynb #dd011b32
-def _require_unshifted(scheduler):
-    "Raise ValueError if a flow's levels are shifted."
-    shift, by_image = scheduler.shift, scheduler.config['use_dynamic_shifting']
-    if shift != 1 or by_image:
-        by_image = ' that depends on the image' * bool(by_image)
-        raise ValueError(f"a shift of {shift:g}{by_image} moves every logsnr by -2 log(shift), "
-                         "which no schedule here does. Only shift=1 is rectified_flow.")
+def _shift_of(scheduler, tokens):
+    "The s of a flow's σ ← sσ/(1 + (s - 1)σ); raises ValueError."
+    c = scheduler.config
+    if not c['use_dynamic_shifting']:
+        if tokens is not None:
+            raise ValueError("tokens are for a shift that depends on the image: this scheduler's is "
+                             f"{scheduler.shift:g}.")
+        return scheduler.shift
+    if tokens is None:
+        raise ValueError("the shift of this scheduler depends on the image: give tokens, the length of the "
+                         "image's sequence, such as 4096 for Flux at 1024 × 1024.")
+    tokens = number('tokens', tokens, low=1, integer=True)
+    slope = (c['max_shift'] - c['base_shift']) / (c['max_image_seq_len'] - c['base_image_seq_len'])
+    mu = c['base_shift'] + slope * (tokens - c['base_image_seq_len'])   # as pipelines have it: not clamped
+    return math.exp(mu) if c['time_shift_type'] == 'exponential' else mu
 
 # %% ../nbs/library/45_interop.ipynb #cf3aa834
 _MEANINGS = {   # setting of a scheduler -> (the values that lfdm has, what the network does otherwise)
@@ -130,15 +139,17 @@ def _require_meaning(scheduler):
 
 # %% ../nbs/library/45_interop.ipynb #0134563f
 @typed
-def from_diffusers(scheduler,  # a chain of noise levels, or FlowMatchEulerDiscreteScheduler without a shift
+def from_diffusers(scheduler,  # a chain of noise levels, or FlowMatchEulerDiscreteScheduler
                    logsnr_max: float = 12.9,  # λ_0, where sampling ends; inf: the data, as in diffusers
+                   tokens: int = None,        # length of the image's sequence, if the shift depends on it
                   ) -> tuple:  # (schedule, target); raises ImportError, TypeError or ValueError
     "The noise levels of a diffusers scheduler and what its network predicts."
     _require_scheduler(scheduler)
     _require_meaning(scheduler)
     if isinstance(scheduler, _diffusers().FlowMatchEulerDiscreteScheduler):
-        _require_unshifted(scheduler)
-        return RectifiedFlowSchedule(logsnr_max=logsnr_max), TARGETS['flow']()
+        shift = _shift_of(scheduler, tokens)
+        return RectifiedFlowSchedule(logsnr_max=logsnr_max, shift=shift), TARGETS['flow']()
+    if tokens is not None: raise ValueError('tokens are for a flow: a chain of noise levels has no shift.')
     _require_chain(scheduler)
     target = lookup(PREDICTIONS, scheduler.config.get('prediction_type'), 'prediction_type')
     _require_signal(scheduler)
@@ -271,19 +282,37 @@ def _beta_options(schedule, logsnr):
     steps = log_alpha_bar.diff(prepend=log_alpha_bar.new_zeros(1))   # log(1 - β_i)
     return dict(trained_betas=(-torch.expm1(steps)).tolist())
 
+# %% ../nbs/library/45_interop.ipynb #flowsch1
+def _flow_scheduler(schedule, target, T, kind, options):
+    "FlowMatchEulerDiscreteScheduler with the shift of a straight line."
+    flow = _diffusers().FlowMatchEulerDiscreteScheduler
+    if kind not in (None, flow, flow.__name__):
+        raise ValueError(f"kind must be {flow.__name__} for {schedule!r:.80}, not {shown(kind)}.")
+    if target.name != 'flow':
+        raise ValueError(f"diffusers' {flow.__name__} predicts flow, ε - x, not {target.name!r}.")
+    for name in options:
+        if name in ('shift', 'num_train_timesteps', 'use_dynamic_shifting', *_MEANINGS):
+            raise ValueError(f"{name} follows from the schedule: give it there.")
+        known = inspect.signature(flow).parameters
+        if name not in known: raise ValueError(unknown(f'option of {flow.__name__}:', name, known))
+    T = number('T', 1000 if T is None else T, low=1, high=10**6, integer=True)
+    return flow(num_train_timesteps=T, shift=schedule.shift, **options)
+
 # %% ../nbs/library/45_interop.ipynb #3e64f1f9
 @typed
-def to_diffusers(schedule='cosine',     # what preserves variance: name, class or instance
-                 target='eps',          # x, eps or v: name, class or instance
-                 T: int = None,         # number of levels; default: the schedule's own, or 1000
-                 kind='DDPMScheduler',  # a name in SCHEDULERS, or a diffusers class that takes trained_betas
-                 **options,             # of that class, e.g. variance_type='fixed_large'
+def to_diffusers(schedule='cosine',  # what preserves variance, or rectified_flow: name, class or instance
+                 target='eps',       # x, eps or v, or flow with rectified_flow: name, class or instance
+                 T: int = None,      # number of levels; default: the schedule's own, or 1000
+                 kind=None,          # a name in SCHEDULERS, or a diffusers class that takes trained_betas;
+                                     # default: DDPMScheduler, for rectified_flow the only one it has
+                 **options,          # of that class, e.g. variance_type='fixed_large'
                 ):  # the scheduler; raises ImportError, TypeError or ValueError
-    "The diffusers scheduler of a schedule and a target."
-    kind = _checked_kind(kind)
-    _require_options(options, kind)
+    "The diffusers scheduler of a schedule and a target. A flow's levels end where diffusers ends them."
     schedule = instance(SCHEDULES, schedule, 'schedule', Schedule)
     target = instance(TARGETS, target, 'target', Target)
+    if type(schedule) is RectifiedFlowSchedule: return _flow_scheduler(schedule, target, T, kind, options)
+    kind = _checked_kind('DDPMScheduler' if kind is None else kind)
+    _require_options(options, kind)
     prediction = _checked_prediction(target)
     T = _checked_steps(schedule, T)
     level = schedule.level(torch.arange(1, T + 1, dtype=torch.float64) / T)

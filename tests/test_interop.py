@@ -120,6 +120,43 @@ def test_flow_matching_is_the_straight_line():
     assert equal(y, eps - x)
 
 
+@pytest.mark.parametrize("shift", [0.3, 1., 3., 12.])
+def test_a_shift_comes_and_goes(shift):
+    "the levels are the scheduler's own; a shift set later counts"
+    theirs = to_diffusers(f"rectified_flow(shift={shift})", "flow", T=50)
+    schedule, target = from_diffusers(theirs, logsnr_max=math.inf)
+    assert schedule.shift == shift and target.name == "flow"
+    uncut = SCHEDULES["rectified_flow"](-math.inf, math.inf, shift)
+    close(uncut.sigma(torch.arange(50, 0, -1, dtype=f64) / 50).float(), theirs.sigmas, rtol=1e-6, atol=0)
+    assert equal(to_diffusers(schedule, target, 50).sigmas, theirs.sigmas)
+    theirs.set_shift(2 * shift)
+    assert from_diffusers(theirs)[0].shift == 2 * shift
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_a_dynamic_shift_is_the_pipelines(kind):
+    "mu is linear in the tokens, 0.5 at 256 and 1.15 at 4096, not clamped; the levels are the scheduler's"
+    theirs = FLOW(use_dynamic_shifting=True, time_shift_type=kind)
+    for tokens in (16, 256, 4096, 10_000):
+        schedule, _ = from_diffusers(theirs, tokens=tokens)
+        theirs.set_timesteps(sigmas=[0.9, 0.5, 0.1], mu=0.5 + 0.65 * (tokens - 256) / 3840)
+        uncut = SCHEDULES["rectified_flow"](-math.inf, math.inf, schedule.shift)
+        close(uncut.sigma(torch.tensor([0.9, 0.5, 0.1])), theirs.sigmas[:-1])
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: from_diffusers(FLOW(shift=3.), tokens=256), "this scheduler's is 3"),
+    (lambda: from_diffusers(DDPM(), tokens=256), "a chain of noise levels has no shift"),
+    (lambda: from_diffusers(FLOW(use_dynamic_shifting=True), tokens=0), "tokens must be at least 1"),
+    (lambda: to_diffusers("rectified_flow", "eps"), "predicts flow"),
+    (lambda: to_diffusers("rectified_flow", "flow", kind="DDPMScheduler"), "kind must be FlowMatchEuler"),
+    (lambda: to_diffusers("rectified_flow", "flow", shift=3.), "follows from the schedule"),
+    (lambda: to_diffusers("rectified_flow", "flow", use_karras=True), "Did you mean 'use_karras_sigmas'"),
+    (lambda: to_diffusers("logit_normal", "flow"), "does not preserve variance|no prediction_type")])
+def test_shifts_that_are_not_there(call, message):
+    with pytest.raises(ValueError, match=message): call()
+
+
 # --- networks
 
 class Index(torch.nn.Module):
@@ -178,14 +215,10 @@ def test_zero_terminal_snr_is_refused_and_the_advice_works(kind):
     with pytest.raises(ValueError, match="beta_1000 of 1000 is 1"): BetasSchedule(scheduler.betas)
 
 
-SHIFTED = FLOW()
-SHIFTED.set_shift(3.)
-
-
 @pytest.mark.parametrize("scheduler, message", [
     (SOLVER(use_flow_sigmas=True, prediction_type="flow_prediction"), "no chain of noise levels"),
     (chain([0.1, 0., 0.2]), "strictly between 0 and 1, but beta_2 of 3 is 0"),
-    (chain([1e-7, 0.1]), "logsnr_max must be above"), (SHIFTED, "a shift of 3 moves"),
+    (chain([1e-7, 0.1]), "logsnr_max must be above"),
     (FLOW(use_dynamic_shifting=True), "depends on the image"),
     (FLOW(invert_sigmas=True), "invert_sigmas=True"), (FLOW(shift_terminal=0.1), "shift_terminal=0.1"),
     (EULER(timestep_type="continuous", prediction_type="v_prediction"), "log.sigma./4"),
