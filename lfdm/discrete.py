@@ -180,10 +180,16 @@ def _from_curve(alpha_bar, T):
     a = alpha_bar(torch.arange(T + 1, dtype=torch.float64) / T)
     return (1 - a[1:] / a[:-1]).clamp(max=0.999)
 
+_SIGMOID_END = 1 / (1 + math.exp(3))   # so that ᾱ(1) = 0: sigmoid(3 - 6t) runs from 0.95 to 0.05
+
+def _even(first, last, T): return torch.linspace(first, last, T, dtype=torch.float64)
+
 BETAS = {   # (β_min, β_max, T) -> β_1 ... β_T; those from a curve of ᾱ use neither β
-    'linear': lambda low, high, T: torch.linspace(low, high, T, dtype=torch.float64),
-    'scaled_linear': lambda low, high, T: torch.linspace(low**0.5, high**0.5, T, dtype=torch.float64)**2,
-    'cosine': lambda low, high, T: _from_curve(lambda t: torch.cos((t + 0.008) / 1.008 * math.pi / 2)**2, T)}
+    'linear': _even,
+    'scaled_linear': lambda low, high, T: _even(low**0.5, high**0.5, T)**2,
+    'cosine': lambda low, high, T: _from_curve(lambda t: torch.cos((t + 0.008) / 1.008 * math.pi / 2)**2, T),
+    'sigmoid_beta': lambda low, high, T: low + (high - low) * _even(-6, 6, T).sigmoid(),
+    'sigmoid_alpha': lambda low, high, T: _from_curve(lambda t: torch.sigmoid(3 - 6 * t) - _SIGMOID_END, T)}
 
 class DDPMSchedule(Staircase):
     "DDPM's chain: β_i linear in i, ᾱ_i = Π(1 - β_j); training-objective document, Ho et al. (2020)."

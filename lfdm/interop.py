@@ -35,7 +35,8 @@ def _diffusers():
 PREDICTIONS = {   # diffusers' prediction_type -> target
     'epsilon': 'eps', 'v_prediction': 'v', 'sample': 'x'}
 BETA_SCHEDULES = {   # diffusers' beta_schedule -> a name in BETAS
-    'linear': 'linear', 'scaled_linear': 'scaled_linear', 'squaredcos_cap_v2': 'cosine'}
+    'linear': 'linear', 'scaled_linear': 'scaled_linear', 'squaredcos_cap_v2': 'cosine',
+    'sigmoid': 'sigmoid_beta'}
 SCHEDULERS = (   # that `to_diffusers` knows by name
     'DDPMScheduler', 'DDIMScheduler', 'PNDMScheduler',
     'EulerDiscreteScheduler', 'EulerAncestralDiscreteScheduler', 'HeunDiscreteScheduler',

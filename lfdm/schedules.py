@@ -422,13 +422,14 @@ class RectifiedFlowSchedule(Schedule):
     "A straight line from data to noise: α = 1 - t, σ = t before shift and truncation."
     name = 'rectified_flow'
     scales = staticmethod(straight)
+    shift = 1.   # named only where there is one
 
     def __init__(self,
                  logsnr_min: float = -12.9,  # λ at t = 1
                  logsnr_max: float = 12.9,   # λ at t = 0
                  shift: float = 1.,          # s: σ = st/(1 + (s - 1)t), which lowers λ by 2 log s; 3 in SD3
                 ):
-        self.shift = checked_shift(shift)
+        if checked_shift(shift) != 1: self.shift = checked_shift(shift)
         super().__init__(logsnr_min, logsnr_max)
 
     def path(self, u): return 2 * maths(u).log((1 - u) / (self.shift * u))
@@ -445,6 +446,7 @@ class LogitNormalSchedule(BellSchedule):
     "Rectified flow with logit t ~ N(m, s²), so λ ~ N(-2m, 4s²)."
     name = 'logit_normal'
     scales = staticmethod(straight)
+    shift = 1.   # named only where there is one
 
     def __init__(self,
                  logsnr_min: float = -10.,  # λ at t = 1: five standard deviations from the mean
@@ -455,7 +457,7 @@ class LogitNormalSchedule(BellSchedule):
                 ):
         self.m = number('m', m, low=-40, high=40)
         self.s = number('s', s, low=1e-3, high=1e3)
-        self.shift = checked_shift(shift)
+        if checked_shift(shift) != 1: self.shift = checked_shift(shift)
         super().__init__(logsnr_min, logsnr_max)
 
     @property

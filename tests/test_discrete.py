@@ -48,7 +48,11 @@ def test_a_schedule_seen_at_T_times(inner):
 
 def test_the_betas_of_chains_are_those_that_other_code_writes():
     f = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2)**2
+    sigmoid = lambda y: 1 / (1 + np.exp(-y))
+    g = sigmoid(3) - sigmoid(np.linspace(-3, 3, 1001))
     betas = dict(linear=np.linspace(1e-4, 0.02, 1000), cosine=np.minimum(1 - f[1:] / f[:-1], 0.999),
+                 sigmoid_beta=sigmoid(np.linspace(-6, 6, 1000)) * (0.02 - 1e-4) + 1e-4,
+                 sigmoid_alpha=np.minimum(1 - g[1:] / g[:-1], 0.999),
                  scaled_linear=np.linspace(1e-4**0.5, 0.02**0.5, 1000)**2)
     for name, beta in betas.items():
         s, product = DDPMSchedule(beta=name, logsnr_max=math.inf), np.cumprod(1 - beta)
