@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['WEIGHTINGS', 'Weighting', 'LogSNRWeighting', 'EpsFactor', 'NELBO', 'Weighted', 'Rescaled', 'Simple', 'SNR',
-           'SNRPlusOne', 'TruncatedSNR', 'MinSNR', 'SoftMinSNR', 'Debiased', 'P2', 'DDPMVLB', 'Sech', 'Exponential',
-           'Sigmoid', 'EDM', 'EDMMonotonic', 'as_triple', 'Implied', 'Monotonic', 'implied_w', 'rising_intervals']
+           'SNRPlusOne', 'TruncatedSNR', 'MinSNR', 'SoftMinSNR', 'Debiased', 'JiT', 'CosMapWeight', 'P2', 'DDPMVLB',
+           'Sech', 'Exponential', 'Sigmoid', 'EDM', 'EDMMonotonic', 'as_triple', 'Implied', 'Monotonic', 'implied_w',
+           'rising_intervals']
 
 # %% ../nbs/library/30_weightings.ipynb #551c8221
 import math
@@ -129,6 +130,28 @@ class Debiased(EpsFactor):
     "SNR^-½ = e^(-λ/2); Yu et al. (2024)."
     name = 'debiased'
     def g(self, logsnr): return maths(logsnr).exp(-logsnr / 2)
+
+# %% ../nbs/library/30_weightings.ipynb #jitfac01
+class JiT(EpsFactor):
+    "e^-λ/max(τ, c)², τ = sigmoid(-λ/2): the error in x over the flow's clamped time; Li & He (2025)."
+    name = 'jit'
+    def __init__(self,
+                 clamp: float = 0.05,  # c, the smallest τ; 0: the velocity's error itself
+                ):
+        self.clamp = number('clamp', clamp, low=0, high=1)
+    def g(self, logsnr):
+        m = maths(logsnr)
+        root = m.exp(-logsnr / 2)
+        return m.minimum(1 + root, root / self.clamp)**2 if self.clamp else (1 + root)**2
+
+# %% ../nbs/library/30_weightings.ipynb #cosmapw1
+class CosMapWeight(EpsFactor):
+    "2/(π(1 - 2τ + 2τ²)) on the flow's velocity error, τ = sigmoid(-λ/2): diffusers' loss weight `cosmap`."
+    name = 'cosmap_weight'
+    def g(self, logsnr):
+        m = maths(logsnr)
+        tau = m.sigmoid(-logsnr / 2)
+        return 2 / m.pi * (1 + m.exp(-logsnr / 2))**2 / (1 - 2 * tau + 2 * tau**2)
 
 # %% ../nbs/library/30_weightings.ipynb #d5b6e5ef
 class P2(EpsFactor):
@@ -309,7 +332,7 @@ def _bind_it(weighting):
 # %% ../nbs/library/30_weightings.ipynb #f2e4c302
 WEIGHTINGS = {cls.name: cls for cls in (
     NELBO, Weighted, Rescaled,
-    Simple, SNR, SNRPlusOne, TruncatedSNR, MinSNR, SoftMinSNR, Debiased, P2, DDPMVLB,
+    Simple, SNR, SNRPlusOne, TruncatedSNR, MinSNR, SoftMinSNR, Debiased, P2, JiT, CosMapWeight, DDPMVLB,
     Sech, Exponential, Sigmoid, EDM, EDMMonotonic, Implied, Monotonic)}
 
 # %% ../nbs/library/30_weightings.ipynb #0843b496

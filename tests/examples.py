@@ -37,13 +37,14 @@ LEFT = {
                      "AdaptiveSchedule.together", "AdaptiveSchedule.apart", "TrainState.descend",
                      *(f"{kind}Task.{does}" for kind in ("Image", "Points")
                        for does in ("fit", "judge", "samples"))], "called by its owner"),
+    **dict.fromkeys(["Row", "Row.with_numbers", "Row.curve", "Row.loss"], "from a file, checked there"),
     **dict.fromkeys(["inception", "inception_file", "fid", "CIFAR10", "advice"], "needs files not here")}
 
 # What looks wrong and is right here: (function, argument, kind).
 RIGHT = {
     ("Record", "settings", "a dict"), ("mean_sd", "form", "no word"), ("ScoreMatchingLoss", "levels", "3"),
     ("table", "head", "a list of nothing"), ("table", "head", "a list of words"),
-    ("content_digest", "metadata", "a dict"),
+    ("content_digest", "metadata", "a dict"), ("which_loss", "version", "no word"),
     ("parameters_from", "namespace", "a dict"),                  # the message names the parameter in it
     ("UNet", "multipliers", "3"), ("UNet", "attention", "3"),    # one level; at one resolution
     # a run's name, and what the user states of a number
@@ -167,6 +168,7 @@ def examples(folder):
         load_record=dict(name="sweep", scale="smoke"), network_quality=dict(parameters=points),
         learned_score=dict(logsnr=.5), sample_quality=dict(levels=("cosine", -9., 9.)),
         paired_ratio=dict(a=[1., 2.], b=[2., 3.], level=.9), holm=dict(p_values=[.1, .2]),
+        own_w=dict(own=dict(a='1 - u', b='u', y='e - x', weight='1')), which_loss=dict(code='diffusers'),
         verdict=dict(low=.9, high=1.2, p=.5, margin=1.1), next_rates=dict(means={1e-3: 1.}),
         outcomes=dict(parameters=[p]),
         # images

@@ -60,11 +60,14 @@ def test_every_weight_against_50_digits_at_extreme_levels():
     "formulas as printed; the code is 0 or infinite only beyond its type, and nowhere nan"
     mp.mp.dps = 50
     e, bell = mp.exp, lambda l, m, s: mp.exp(-((l - m) / s)**2 / 2) / (s * mp.sqrt(2 * mp.pi))
+    tau = lambda l: 1 / (1 + e(l / 2))
     printed = {
         'nelbo': lambda l: 1, 'simple': lambda l: 1, 'rescaled': lambda l: e(-l), 'snr': lambda l: e(l),
         'snr_plus_one': lambda l: (e(l) + 1) / e(l), 'truncated_snr': lambda l: max(e(l), 1) / e(l),
         'min_snr': lambda l: min(e(l), 5) / e(l), 'soft_min_snr': lambda l: 5 / (e(l) + 5),
         'p2(k=2, gamma=0.5)': lambda l: 1 / (2 + e(l))**mp.mpf(0.5), 'debiased': lambda l: e(-l / 2),
+        'jit': lambda l: e(-l) / max(1 / (1 + e(l / 2)), mp.mpf(0.05))**2,
+        'cosmap_weight': lambda l: 2 / mp.pi * (1 + e(-l / 2))**2 / (1 - 2 * tau(l) + 2 * tau(l)**2),
         'sech': lambda l: mp.sech(l / 2), 'monotonic': lambda l: mp.sech(max(l, 0) / 2),
         'exponential': lambda l: e(-l / 2),
         'sigmoid': lambda l: 1 / (1 + e(l - 2)),
