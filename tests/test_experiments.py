@@ -12,7 +12,8 @@ RUNS = EXPERIMENTS / "thesis_runs.ipynb"
 AFTER = {   # from the records that others leave
     "thesis.ipynb": RUNS, "mechanism.ipynb": RUNS, "nelbo_puzzle.ipynb": EXPERIMENTS / "mechanism.ipynb",
     "verdicts.ipynb": EXPERIMENTS / "nelbo_puzzle.ipynb", "decisions.ipynb": EXPERIMENTS / "triples.ipynb",
-    "kingma_gao.ipynb": EXPERIMENTS / "triples.ipynb"}
+    "kingma_gao.ipynb": EXPERIMENTS / "triples.ipynb", "note.ipynb": EXPERIMENTS / "triples.ipynb",
+    "sizes.ipynb": EXPERIMENTS / "decisions.ipynb"}
 STUDIES = [path for path in notebooks() if path.parent == EXPERIMENTS]
 BEFORE = {}
 
