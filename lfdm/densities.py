@@ -13,12 +13,12 @@ import torch
 from .core import as_number, formula, maths, number
 from lfdm.schedules import (
     SCHEDULES,
-    CosineSchedule,
+    FlowSchedule,
     Schedule,
-    checked_shift,
+    cosine_path,
+    cosine_time,
     require_finite,
     require_formula,
-    straight,
 )
 
 # %% ../nbs/library/11_densities.ipynb #dens0006
@@ -79,40 +79,27 @@ class CauchySchedule(Schedule):
         return -maths(logsnr).pi * self.scale * (1 + ((logsnr - self.mean) / self.scale)**2)
 
 # %% ../nbs/library/11_densities.ipynb #dens0010
-class CosMapSchedule(CosineSchedule):
+class CosMapSchedule(FlowSchedule):
     "A straight line from data to noise at the cosine schedule's λ: CosMap's times; Esser et al. (2024)."
     name = 'cosmap'
-    scales = staticmethod(straight)
-
-    def __init__(self,
-                 logsnr_min: float = -12.9,  # λ at t = 1
-                 logsnr_max: float = 12.9,   # λ at t = 0
-                 shift: float = 1.,          # of the noise scale, as of rectified_flow
-                ):
-        self.shift = checked_shift(shift)
-        self._moved = 2 * math.log(self.shift)
-        super().__init__(logsnr_min, logsnr_max)
-
-    def path(self, u): return super().path(u) - self._moved
-    def inverse(self, logsnr): return super().inverse(logsnr + self._moved)
-    def slope(self, logsnr): return super().slope(logsnr + self._moved)
+    def plain_path(self, u): return cosine_path(u)
+    def plain_inverse(self, logsnr): return cosine_time(logsnr)
+    def plain_slope(self, logsnr): return -2 * maths(logsnr).pi * maths(logsnr).cosh(logsnr / 2)
 
 # %% ../nbs/library/11_densities.ipynb #dens0012
-class ModeSchedule(Schedule):
+class ModeSchedule(FlowSchedule):
     "A straight line from data to noise at times with a mode in the middle; Esser et al. (2024)."
     name = 'mode'
-    scales = staticmethod(straight)
     in_float64 = True   # next to t = 1, float32 has no digits left
 
     def __init__(self,
                  logsnr_min: float = -12.9,  # λ at t = 1
                  logsnr_max: float = 12.9,   # λ at t = 0
                  scale: float = 1.29,        # s: from -1, modes at the ends, to below 2/(π - 2) = 1.75
-                 shift: float = 1.,          # of the noise scale, as of rectified_flow
+                 shift: float = 1.,          # s, of the noise scale
                 ):
-        self.scale, self.shift = number('scale', scale, low=-1, high=1.75), checked_shift(shift)
-        self._moved = 2 * math.log(self.shift)
-        super().__init__(logsnr_min, logsnr_max)
+        self.scale = number('scale', scale, low=-1, high=1.75)
+        super().__init__(logsnr_min, logsnr_max, shift)
 
     @formula
     def times(self, u):
@@ -120,11 +107,11 @@ class ModeSchedule(Schedule):
         m = maths(u)
         return (1 + self.scale) * u - self.scale * m.sin(m.pi * u / 2)**2
 
-    def path(self, u): return 2 * maths(u).log(self.times(1 - u) / self.times(u)) - self._moved
+    def plain_path(self, u): return 2 * maths(u).log(self.times(1 - u) / self.times(u))
 
-    def inverse(self, logsnr):
+    def plain_inverse(self, logsnr):
         require_formula(self, logsnr)
-        k = (logsnr + self._moved).double()
+        k = logsnr.double()
         wanted = torch.sigmoid(-k.abs() / 2)            # of τ and 1 - τ the smaller, at u of at most a half
         low, high = wanted.log() - 2, torch.full_like(wanted, math.log(0.5))   # of log u
         for _ in range(60):
@@ -135,17 +122,15 @@ class ModeSchedule(Schedule):
         u = torch.where(wanted == 0, 0., u)
         return torch.where(k >= 0, u, 1 - u).where(~k.isnan(), k).to(logsnr)
 
-    def slope(self, logsnr):
-        u = self.inverse(logsnr)
-        m, odds = maths(u), logsnr + self._moved
+    def plain_slope(self, logsnr):
+        m, u = maths(logsnr), self.plain_inverse(logsnr)
         growth = 1 + self.scale - self.scale * m.pi / 2 * m.sin(m.pi * u)   # dτ/du
-        return -8 * m.cosh(odds / 4)**2 * growth
+        return -8 * m.cosh(logsnr / 4)**2 * growth
 
 # %% ../nbs/library/11_densities.ipynb #dens0014
-class BetaSchedule(Schedule):
+class BetaSchedule(FlowSchedule):
     "A straight line from data to noise at times from a Beta density."
     name = 'beta'
-    scales = staticmethod(straight)
     in_float64 = True   # next to t = 1, float32 has no digits left
 
     def __init__(self,
@@ -153,26 +138,24 @@ class BetaSchedule(Schedule):
                  logsnr_max: float = 12.9,   # λ at t = 0
                  a: float = 2.,              # of Beta(a, b): times near 0 are as likely as t^(a - 1)
                  b: float = 2.,              # times near 1 are as likely as (1 - t)^(b - 1)
-                 shift: float = 1.,          # of the noise scale, as of rectified_flow
+                 shift: float = 1.,          # s, of the noise scale
                 ):
         self.a, self.b = (number(k, q, low=0.1, high=100) for k, q in (('a', a), ('b', b)))
-        self.shift = checked_shift(shift)
-        self._moved = 2 * math.log(self.shift)
-        super().__init__(logsnr_min, logsnr_max)
+        super().__init__(logsnr_min, logsnr_max, shift)
 
-    def path(self, u):
+    def plain_path(self, u):
         require_formula(self, u)
         clean, noisy = (_special('betaincinv', *of) for of in ((self.b, self.a, 1 - u), (self.a, self.b, u)))
-        return 2 * (clean.log() - noisy.log()) - self._moved
+        return 2 * (clean.log() - noisy.log())
 
-    def inverse(self, logsnr):
+    def plain_inverse(self, logsnr):
         require_formula(self, logsnr)
-        return _special('betainc', self.a, self.b, torch.sigmoid(-(logsnr + self._moved) / 2))
+        return _special('betainc', self.a, self.b, torch.sigmoid(-logsnr / 2))
 
-    def slope(self, logsnr):
-        m, k = maths(logsnr), logsnr + self._moved
+    def plain_slope(self, logsnr):
+        m, k = maths(logsnr), logsnr / 2
         log_beta = math.lgamma(self.a) + math.lgamma(self.b) - math.lgamma(self.a + self.b)
-        return -2 * m.exp(log_beta + self.a * m.softplus(k / 2) + self.b * m.softplus(-k / 2))
+        return -2 * m.exp(log_beta + self.a * m.softplus(k) + self.b * m.softplus(-k))
 
     def reach(self): return self.path(as_number(1 - 1e-13)).item(), math.inf   # further down, t rounds to 1
 

@@ -6,8 +6,8 @@
 __all__ = ['SCHEDULES', 'CONTINUOUS', 'Level', 'transition', 'posterior', 'preserving', 'exploding', 'straight', 'require_finite',
            'require_formula', 'Schedule', 'cosine_path', 'cosine_time', 'CosineSchedule', 'LinearSchedule',
            'LinearLogSNRSchedule', 'VESchedule', 'ShiftedCosineSchedule', 'BellSchedule', 'EDMTrainSchedule',
-           'EDMSampleSchedule', 'RectifiedFlowSchedule', 'checked_shift', 'LogitNormalSchedule', 'dlog_alpha', 'sde',
-           'sample_times', 'network_time', 'network_logsnr']
+           'EDMSampleSchedule', 'FlowSchedule', 'checked_shift', 'RectifiedFlowSchedule', 'LogitNormalSchedule',
+           'dlog_alpha', 'sde', 'sample_times', 'network_time', 'network_logsnr']
 
 # %% ../nbs/library/10_schedules.ipynb #7b8540e0
 import math
@@ -182,7 +182,8 @@ class Schedule(Choice):
 
     def __init_subclass__(cls):
         "Each schedule's path takes numbers, arrays, tensors and symbols."
-        for name in ('path', 'inverse', 'slope'):
+        formulas = ('path', 'inverse', 'slope', 'plain_path', 'plain_inverse', 'plain_slope')
+        for name in formulas:
             if name in vars(cls): setattr(cls, name, formula(vars(cls)[name]))
 
     # the path, given by each schedule
@@ -417,29 +418,42 @@ class EDMSampleSchedule(Schedule):
         "r_1/r_0 - 1."
         return math.expm1((self.logsnr_max - self.logsnr_min) / (2 * self.rho))
 
-# %% ../nbs/library/10_schedules.ipynb #c98a0a6b
-class RectifiedFlowSchedule(Schedule):
-    "A straight line from data to noise: α = 1 - t, σ = t before shift and truncation."
-    name = 'rectified_flow'
+# %% ../nbs/library/10_schedules.ipynb #flowbase
+class FlowSchedule(Schedule):
+    "A straight line from data to noise, with a shift. Subclasses give the path as it is before that."
     scales = staticmethod(straight)
-    shift = 1.   # named only where there is one
+    shift = 1.    # kept and named only where there is one
+    _moved = 0.   # 2 log s
 
     def __init__(self,
                  logsnr_min: float = -12.9,  # λ at t = 1
                  logsnr_max: float = 12.9,   # λ at t = 0
-                 shift: float = 1.,          # s: σ = st/(1 + (s - 1)t), which lowers λ by 2 log s; 3 in SD3
+                 shift: float = 1.,          # s: σ becomes sσ/(1 + (s - 1)σ), which lowers λ by 2 log s
                 ):
-        if checked_shift(shift) != 1: self.shift = checked_shift(shift)
+        if checked_shift(shift) != 1: self.shift, self._moved = shift, 2 * math.log(shift)
         super().__init__(logsnr_min, logsnr_max)
 
-    def path(self, u): return 2 * maths(u).log((1 - u) / (self.shift * u))
-    def inverse(self, logsnr): return maths(logsnr).sigmoid(-logsnr / 2 - math.log(self.shift))
-    def slope(self, logsnr): return -8 * maths(logsnr).cosh(logsnr / 4 + math.log(self.shift) / 2)**2
+    # the path before the shift, given by each schedule
+    def plain_path(self, u): raise NotImplementedError
+    def plain_inverse(self, logsnr): raise NotImplementedError
+    def plain_slope(self, logsnr): raise NotImplementedError
+
+    def path(self, u): return self.plain_path(u) - self._moved
+    def inverse(self, logsnr): return self.plain_inverse(logsnr + self._moved)
+    def slope(self, logsnr): return self.plain_slope(logsnr + self._moved)
 
 def checked_shift(shift,     # s
                  ) -> float: # raises TypeError or ValueError
     "The shift of a flow's noise scale, σ = sτ/(1 + (s - 1)τ); Esser et al. (2024)."
     return number('shift', shift, low=1e-6, high=1e6)
+
+# %% ../nbs/library/10_schedules.ipynb #c98a0a6b
+class RectifiedFlowSchedule(FlowSchedule):
+    "A straight line from data to noise: α = 1 - t, σ = t before shift and truncation."
+    name = 'rectified_flow'
+    def plain_path(self, u): return 2 * maths(u).log((1 - u) / u)
+    def plain_inverse(self, logsnr): return maths(logsnr).sigmoid(-logsnr / 2)
+    def plain_slope(self, logsnr): return -8 * maths(logsnr).cosh(logsnr / 4)**2
 
 # %% ../nbs/library/10_schedules.ipynb #64f77810
 class LogitNormalSchedule(BellSchedule):

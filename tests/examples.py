@@ -31,8 +31,8 @@ LEFT = {
     **dict.fromkeys(["write_record", "locked", "work_folder", "beside", "Run"], "a part of make_run"),
     **dict.fromkeys(["train_stacked", "sample_stacked", "side_by_side", "Runs"], "a part of make_grid"),
     **dict.fromkeys(["DownBlock", "UpBlock", "MidBlock", "ResBlock", "AttentionBlock"], "a part of UNet"),
-    **dict.fromkeys(["Schedule", "BellSchedule", "Target", "Weighting", "LogSNRWeighting", "EpsFactor",
-                     "RunParameters", "Dataset", "ImageSet", "Objective"], "abstract: its kinds are swept"),
+    **dict.fromkeys(["Schedule", "BellSchedule", "FlowSchedule", "Target", "Weighting", "LogSNRWeighting",
+                     "EpsFactor", "RunParameters", "Dataset", "ImageSet", "Objective"], "abstract"),
     **dict.fromkeys(["LossHistory.set", "LossHistory.slope", "LossHistory.at", "LossHistory.rows",
                      "AdaptiveSchedule.together", "AdaptiveSchedule.apart", "TrainState.descend",
                      *(f"{kind}Task.{does}" for kind in ("Image", "Points")
