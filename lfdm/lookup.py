@@ -95,7 +95,7 @@ def _witness(own, u, T):
         if name == 'betas':
             bar = (1 - names['betas']).cumprod(0)
             names |= dict(alpha_bar=bar, a=bar.sqrt(), b=(1 - bar).sqrt(), snr=bar / (1 - bar))
-        if name == 'b': names['snr'] = (names['a'] / names['b'])**2
+        if {'a', 'b'} <= names.keys(): names['snr'] = (names['a'] / names['b'])**2
     p, q = (_evaluated(own['y'], names | dict(x=x, e=1 - x)) for x in (1, 0))
     return names['a'], names['b'], p, q, names['weight']
 
@@ -105,7 +105,7 @@ def own_w(own: dict,      # a code base's expressions
           T: int = None,  # number of steps, if λ is discrete
          ) -> tuple:      # (λ, density of λ, w(λ) up to a constant); raises ValueError
     "The w(λ) of a loss that is given in its own variables."
-    for name in ('y', 'weight'):
+    for name in ('y', 'weight') if 'betas' in own else ('a', 'b', 'y', 'weight'):
         if name not in own: raise ValueError(f'own must have an expression for {name}.')
     if T is not None: u = torch.arange(number('T', T, low=2, high=10**6, integer=True), dtype=torch.float64)
     else: u = torch.linspace(0, 1, 2003, dtype=torch.float64)[1:-1].requires_grad_()
