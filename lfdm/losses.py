@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from .core import Numeric, as_number, expand, instance, shown, spec, typed
+from .errors import ERRORS, Error
 from .schedules import Level, network_time, sample_times
 from .targets import widened
 from .weightings import WEIGHTINGS, Implied, LogSNRWeighting, Weighting, as_triple
@@ -166,8 +167,10 @@ class DiffusionLoss:
                  schedule='cosine',     # how noise levels are visited: name, class or instance
                  target='eps',          # what the network predicts: name, class or instance
                  weighting='weighted',  # how much each level counts: name, class or instance
+                 error='squared',       # what a residual costs: name, class or instance
                 ):                      # raises ValueError (unknown name, weight of no use) or TypeError
         self.schedule, self.target, self.weighting = as_triple(schedule, target, weighting)
+        self.error = instance(ERRORS, error, 'error', Error)
         _require_fixed_weight(self)
         _require_usable_range(self)
 
@@ -197,7 +200,7 @@ class DiffusionLoss:
     def values(self, net: Callable, x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor):
         "The loss of each example, in at least float32, at times whose factor is known to be finite."
         z, y, level = self.noisy(x, t, eps)
-        value = self.error(y, predict(net, z, level, x.dtype), level)
+        value = self.cost(y, predict(net, z, level, x.dtype), level)
         if torch.is_grad_enabled(): self.observe(level, value)
         return value
 
@@ -222,15 +225,15 @@ class DiffusionLoss:
         return z, y, level
 
     @typed
-    def error(self,
-              y: torch.Tensor,      # the target's true value, shape (n, ...)
-              y_hat: torch.Tensor,  # its prediction, y's shape
-              level: Level,         # the noise level, entries of shape (n,)
-             ) -> torch.Tensor:     # (n,): factor · mean over dimensions of (y - ŷ)²
-        "The weighted squared error of a prediction."
+    def cost(self,
+             y: torch.Tensor,      # the target's true value, shape (n, ...)
+             y_hat: torch.Tensor,  # its prediction, y's shape
+             level: Level,         # the noise level, entries of shape (n,)
+            ) -> torch.Tensor:     # (n,): factor · mean over dimensions of (y - ŷ)², or of the error given
+        "The weighted error of a prediction."
         require_shape('y_hat', y_hat, 'y', y)
         factor, y = self.weighting.factor(level.logsnr, self.schedule, self.target), widened(y)
-        return factor * (y - y_hat.to(y.dtype)).square().flatten(1).mean(1)
+        return factor * self.error(y - y_hat.to(y.dtype), level.logsnr)
 
     @typed
     def observe(self, level: Level, value: torch.Tensor):
@@ -254,10 +257,12 @@ class DiffusionLoss:
         return self.weighting.eps_factor(self.schedule.logsnr(widened(t)), self.schedule, self.target)
 
     def beside(self, weighting):
-        "The loss with another weighting; under an adaptive schedule a factor is bound to the cosine one."
+        "The squared loss with another weighting; under an adaptive schedule a factor is bound to cosine."
         weighting = instance(WEIGHTINGS, weighting, 'weighting', Weighting)
         if self.schedule.learned and not isinstance(weighting, LogSNRWeighting):
             weighting = Implied('cosine', spec(self.target), spec(weighting))
         return DiffusionLoss(self.schedule, self.target, weighting)
 
-    def __repr__(self): return f'{type(self).__name__}({self.schedule}, {self.target}, {self.weighting})'
+    def __repr__(self):
+        error = '' if self.error.squared else f', {self.error}'
+        return f'{type(self).__name__}({self.schedule}, {self.target}, {self.weighting}{error})'

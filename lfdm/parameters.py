@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from .checkpoints import training_options
 from .core import checked_device, checked_seed, instance, lookup, number, shown, spec, typed, unknown
 from .data import DATASETS
+from .errors import ERRORS, Error
 from .losses import DiffusionLoss
 from .schedules import SCHEDULES, Schedule
 from .steps import SAMPLERS
@@ -147,15 +148,18 @@ class RunParameters:
     clip: float = None           # largest norm of the gradient; None: as it is
     warmup: int = 0              # steps over which the learning rate rises
     cooldown: int = 0            # last steps, over which it falls to 0
+    error: str = 'squared'       # a name in ERRORS, with options if any: 'huber(c=0.5)'
 
     kind = None           # what a record of it is of: 'points', 'images'
     ADDED = ()            # fields that the first records do not have
     UNCOUNTED = ()        # fields that are no part of a run's name
-    NAMES = {'target': TARGETS, 'weighting': WEIGHTINGS, 'schedule': SCHEDULES, 'sampler': SAMPLERS}
+    NAMES = {'target': TARGETS, 'weighting': WEIGHTINGS, 'schedule': SCHEDULES, 'error': ERRORS,
+             'sampler': SAMPLERS}
     CHECKS = {            # field -> its check, where it can be checked alone
         'sampler': name_in(SAMPLERS),
         'target': choice_in(TARGETS, Target),
         'weighting': choice_in(WEIGHTINGS, Weighting),
+        'error': choice_in(ERRORS, Error),
         'epochs': whole_number(1, 1e6),
         'batch_size': whole_number(1, 1e9),
         'sample_steps': whole_number(1, 1e6),
@@ -176,11 +180,12 @@ class RunParameters:
     def loss(self) -> DiffusionLoss:
         "The loss these parameters name."
         schedule = schedule_named(self.schedule, self.logsnr_min, self.logsnr_max)
-        return DiffusionLoss(schedule, self.target, self.weighting)
+        return DiffusionLoss(schedule, self.target, self.weighting, self.error)
 
     def slug(self) -> str:
         "A readable name that ends in a hash of the parameters and the results version."
-        words = '-'.join((self.dataset, self.target, self.weighting, self.schedule, f's{self.seed}'))
+        error = () if self.error == RunParameters.error else (self.error,)
+        words = '-'.join((self.dataset, self.target, self.weighting, self.schedule, *error, f's{self.seed}'))
         readable = _one_name(re.sub(r'[(=, ]+', '_', words).replace(')', '')[:120])
         schedule = schedule_named(self.schedule, self.logsnr_min, self.logsnr_max)
         version = schedule.version(self.batch_size)   # above 1 where a mend changed its numbers
@@ -217,7 +222,7 @@ class Parameters(RunParameters):
     precision: str = 'float32'   # of the network's products in training: 'float32' or 'bf16'
 
     kind = 'points'
-    ADDED = ('ema', 'clip', 'warmup', 'cooldown', 'precision')
+    ADDED = ('ema', 'clip', 'warmup', 'cooldown', 'error', 'precision')
     NAMES = {'dataset': DATASETS} | RunParameters.NAMES
     CHECKS = {'dataset': name_in(DATASETS), 'width': whole_number(1, 1e5),
               'precision': checked_precision} | RunParameters.CHECKS

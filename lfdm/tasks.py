@@ -138,16 +138,17 @@ class PointsTask:
         "The final numbers: test loss, floor and excess, and distances with their noise floors."
         report = self._measured_on(self.data.test(self.parameters.seed), seed=1)(net)
         numbers = {k: v for k, v in report.items() if not isinstance(v, list)}
-        if self.data.exact: numbers |= self._floors(report['excess'])
+        if self.data.exact: numbers |= self._floors(report.get('excess'))
         weights = sum(w.numel() for w in net.parameters())
         return numbers | {'weights': weights, 'distances': judge(samples, self.data, seed=1)}
 
     def _floors(self, excess):
         "The lowest loss that any network can reach, for each weighting, and the excess over it."
         loss, data = self.parameters.loss(), self.data
+        floors = {f'{w}_floor': floor(loss.beside(w), data) for w in ALSO_JUDGED_BY}
+        if excess is None: return floors   # the error is not the square: no floor by quadrature
         lowest = floor(loss, data)
-        others = {f'{w}_floor': floor(loss.beside(w), data) for w in ALSO_JUDGED_BY}
-        return others | {'floor': lowest, 'excess_ratio': excess / lowest}
+        return floors | {'floor': lowest, 'excess_ratio': excess / lowest}
 
     @typed
     def stored(self, samples: torch.Tensor) -> np.ndarray:

@@ -382,7 +382,7 @@ def _exactly(m, losses, batch_size):
     if hasattr(schedule, 'state'):
         shared = sum(other.schedule is schedule for other in losses) > 1
         if shared or not hasattr(schedule, 'joins') or not schedule.joins(batch_size): return m
-    return type(loss), *(choice.exactly() for choice in (schedule, loss.target, loss.weighting))
+    return type(loss), *(choice.exactly() for choice in (schedule, loss.target, loss.weighting, loss.error))
 
 def _joined(losses, groups):
     "One loss for each group; its schedules that learn become one."
@@ -414,7 +414,7 @@ def _stack_loss(state, forward, groups, x):
 
     means = []
     for (loss, _), (_, y, level), guess in zip(groups, parts, y_hat.split([len(y) for _, y, _ in parts])):
-        value = loss.error(y, guess, level)
+        value = loss.cost(y, guess, level)
         loss.observe(level, value)
         means.append(value.view(-1, n).mean(1))
     return torch.cat(means)

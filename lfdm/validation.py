@@ -57,9 +57,10 @@ class ValidationSet:
         y_hat, report = self._prediction(net), {}
         for name, y in {'loss': self.y, 'excess': self.best}.items():
             if y is None: continue
-            report |= self._statistics(name, self.loss.error(y, y_hat, self.level))
+            if name == 'loss' or self.loss.error.squared:   # else the exact mean is not the best answer
+                report |= self._statistics(name, self.loss.cost(y, y_hat, self.level))
             for other, loss in self.others.items():
-                found = self._statistics(f'{other}_{name}', loss.error(y, y_hat, self.level))
+                found = self._statistics(f'{other}_{name}', loss.cost(y, y_hat, self.level))
                 report |= {k: v for k, v in found.items() if not isinstance(v, list)}
         return report
 

@@ -32,7 +32,8 @@ LEFT = {
     **dict.fromkeys(["train_stacked", "sample_stacked", "side_by_side", "Runs"], "a part of make_grid"),
     **dict.fromkeys(["DownBlock", "UpBlock", "MidBlock", "ResBlock", "AttentionBlock"], "a part of UNet"),
     **dict.fromkeys(["Schedule", "BellSchedule", "FlowSchedule", "Target", "Weighting", "LogSNRWeighting",
-                     "EpsFactor", "RunParameters", "Dataset", "ImageSet", "Objective"], "abstract"),
+                     "EpsFactor", "RunParameters", "Dataset", "ImageSet", "Objective", "Error", "ScaledError",
+                     "Error.__call__"], "abstract"),
     **dict.fromkeys(["LossHistory.set", "LossHistory.slope", "LossHistory.at", "LossHistory.rows",
                      "AdaptiveSchedule.together", "AdaptiveSchedule.apart", "TrainState.descend",
                      *(f"{kind}Task.{does}" for kind in ("Image", "Points")
@@ -168,6 +169,7 @@ def examples(folder):
         load_record=dict(name="sweep", scale="smoke"), network_quality=dict(parameters=points),
         learned_score=dict(logsnr=.5), sample_quality=dict(levels=("cosine", -9., 9.)),
         paired_ratio=dict(a=[1., 2.], b=[2., 3.], level=.9), holm=dict(p_values=[.1, .2]),
+        error_floor=dict(n=10),
         own_w=dict(own=dict(a='1 - u', b='u', y='e - x', weight='1')), which_loss=dict(code='diffusers'),
         verdict=dict(low=.9, high=1.2, p=.5, margin=1.1), next_rates=dict(means={1e-3: 1.}),
         outcomes=dict(parameters=[p]),

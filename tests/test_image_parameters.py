@@ -9,8 +9,8 @@ from lfdm.images.parameters import ImageParameters, image_set
 from lfdm.parameters import parameters_from
 from photos import TINY, numbered, write
 
-OTHER = dict(target="v", weighting="nelbo", schedule="linear", logsnr_min=-9, logsnr_max=9, epochs=4,
-             batch_size=63, lr=1e-3, seed=1, sampler="ddim", sample_steps=6, n_samples=51,
+OTHER = dict(target="v", weighting="nelbo", error="huber", schedule="linear", logsnr_min=-9, logsnr_max=9,
+             epochs=4, batch_size=63, lr=1e-3, seed=1, sampler="ddim", sample_steps=6, n_samples=51,
              dataset="templates", judged=9, network="small(width=4)", ema=None, clip=2, warmup=10, cooldown=9,
              flip=True, precision="bf16", compiled=True)
 

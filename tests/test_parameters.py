@@ -17,9 +17,9 @@ from lfdm.tasks import RUN_KINDS, kind_of
 from tiny import Tiny, register, small
 
 REFUSED = (ValueError, TypeError)
-OTHER = dict(target="v", weighting="nelbo", schedule="linear", logsnr_min=-9, logsnr_max=9, epochs=4, lr=2e-3,
-             batch_size=99, width=7, seed=1, sampler="ddim", sample_steps=6, n_samples=51, dataset="ring",
-             ema=.99, clip=1, warmup=10, cooldown=10, precision="bf16")
+OTHER = dict(target="v", weighting="nelbo", error="huber", schedule="linear", logsnr_min=-9, logsnr_max=9,
+             epochs=4, lr=2e-3, batch_size=99, width=7, seed=1, sampler="ddim", sample_steps=6, n_samples=51,
+             dataset="ring", ema=.99, clip=1, warmup=10, cooldown=10, precision="bf16")
 
 
 @pytest.fixture(autouse=True)

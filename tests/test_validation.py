@@ -47,7 +47,7 @@ def test_the_loss_per_logsnr_lies_in_the_right_bins():
     "a loss of 1 everywhere: each bin then holds the density of λ there"
     bins = 7
     class Ones(DiffusionLoss):
-        def error(self, y, y_hat, level): return torch.ones_like(level.logsnr)
+        def cost(self, y, y_hat, level): return torch.ones_like(level.logsnr)
     v = ValidationSet(Ones(), X64, bins)
     edges = torch.linspace(-12.9, 12.9, bins + 1).double()
     expected = -v.loss.schedule.t(edges).diff() / v.width

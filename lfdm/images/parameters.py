@@ -123,7 +123,7 @@ class ImageParameters(RunParameters):
     judged: int = 1000           # test images that the loss and bits/dim are measured on, at most
 
     kind = 'images'
-    ADDED = ('cooldown',)
+    ADDED = ('cooldown', 'error')
     UNCOUNTED = ('path',)
     NAMES = {'dataset': IMAGES, 'network': UNETS} | RunParameters.NAMES
     CHECKS = {
