@@ -7,6 +7,7 @@ import torch
 
 from lfdm.adaptive import AdaptiveSchedule
 from lfdm.checkpoints import read_checkpoint
+from lfdm.contrastive import ContrastiveLoss
 from lfdm.data import Cluster, Ring
 from lfdm.discrete import DDPMSchedule
 from lfdm.evaluation import mean_distance
@@ -38,6 +39,9 @@ LEFT = {
                      "AdaptiveSchedule.together", "AdaptiveSchedule.apart", "TrainState.descend",
                      *(f"{kind}Task.{does}" for kind in ("Image", "Points")
                        for does in ("fit", "judge", "samples"))], "called by its owner"),
+    **dict.fromkeys([f"{error}.{does}"
+                     for error in ("Squared", "L1", "Huber", "PseudoHuber", "LogCosh", "Error")
+                     for does in ("rho", "slope", "scale")], "a formula, called by its owner"),
     **dict.fromkeys(["Row", "Row.with_numbers", "Row.curve", "Row.loss"], "from a file, checked there"),
     **dict.fromkeys(["inception", "inception_file", "fid", "CIFAR10", "advice"], "needs files not here")}
 
@@ -169,7 +173,7 @@ def examples(folder):
         load_record=dict(name="sweep", scale="smoke"), network_quality=dict(parameters=points),
         learned_score=dict(logsnr=.5), sample_quality=dict(levels=("cosine", -9., 9.)),
         paired_ratio=dict(a=[1., 2.], b=[2., 3.], level=.9), holm=dict(p_values=[.1, .2]),
-        error_floor=dict(n=10),
+        error_floor=dict(n=10), contrastive_floor=dict(loss=ContrastiveLoss()),
         own_w=dict(own=dict(a='1 - u', b='u', y='e - x', weight='1')), which_loss=dict(code='diffusers'),
         verdict=dict(low=.9, high=1.2, p=.5, margin=1.1), next_rates=dict(means={1e-3: 1.}),
         outcomes=dict(parameters=[p]),
@@ -195,6 +199,7 @@ def examples(folder):
         to_diffusers=dict(schedule="ddpm", kind="DDPMScheduler", T=None))
     own |= {
         # methods: of one class, or of all
+        "Squared.__call__": dict(residual=randn(3, 2), logsnr=torch.zeros(3)),
         "AdaptiveSchedule.load_state": dict(state=AdaptiveSchedule(-9., 9.).state()),
         "PointsTask.restored": dict(array=np.zeros((3, 2))),
         "ImageTask.restored": dict(array=np.zeros((3, 1, 16, 16), np.uint8)),

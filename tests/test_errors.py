@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from lfdm.best_answers import best_answer, error_floor
+from lfdm.contrastive import ContrastiveLoss
 from lfdm.core import from_spec, seeded
 from lfdm.data import DATASETS
 from lfdm.errors import ERRORS
@@ -95,3 +96,15 @@ def test_a_run_and_a_stack_with_another_error_agree(tmp_path, monkeypatch):
     squared = runs[asked[0]].summary
     assert "floor" not in alone.summary and squared["floor"] > 0
     assert alone.summary["nelbo_floor"] == squared["nelbo_floor"]
+
+
+@pytest.mark.parametrize("kappa", [0., .05, .5])
+def test_the_contrastive_loss_is_the_plain_one_less_that_of_the_next_pair(kappa):
+    x, net = DATASETS["ring"]().sample(20, 0), lambda z, u: z.tanh()
+    loss = ContrastiveLoss(kappa)
+    t, eps = draw(x, seeded(0))
+    z, y, level = loss.noisy(x, t, eps)
+    plain = DiffusionLoss("rectified_flow", "flow")
+    other = plain.cost(y.roll(1, 0), net(z / level.scale[:, None], None), level)
+    expected = plain(net, x, t, eps) - kappa * other
+    torch.testing.assert_close(loss(net, x, t, eps), expected)
