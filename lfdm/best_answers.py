@@ -99,7 +99,7 @@ def best_denoiser(loss: DiffusionLoss,  # the loss
 @typed
 def error_floor(loss: DiffusionLoss,  # the loss, with any error
                 dataset,              # a mixture with exact references
-                n: int = 20_000,      # draws
+                n: int = 10_000,      # draws
                 seed: int = 0,        # of data, times and noise
                ) -> tuple:            # (mean, standard error), as the loss is: a mean over dimensions
     "The lowest loss that any network can reach, sampled: only the square has a quadrature."

@@ -79,7 +79,7 @@ def stacks_of(parameters: list, # of Parameters
              ) -> list:         # of lists of Parameters; raises TypeError, ValueError
     "The stacks in which some runs are trained. Neighbours in a stack have the same loss where they can."
     parameters, size = checked_all(parameters, Parameters), number('size', size, low=1, integer=True)
-    loss = lambda p: (repr(p.loss()), p.target, p.weighting)   # a repr drops digits; the fields do not
+    loss = lambda p: (repr(p.loss()), p.target, p.weighting, p.error)   # a repr drops digits; fields do not
     ordered = sorted(parameters, key=lambda p: (*_alike(p), *loss(p)))
     groups = [list(group) for _, group in itertools.groupby(ordered, _alike)]
     return [group[i:i + size] for group in groups for i in range(0, len(group), size)]
