@@ -495,7 +495,8 @@ def summary_table(run: Run,  # a finished run
                  ) -> str:   # Markdown
     "The final numbers of a run, as a Markdown table."
     s, p = run.summary, run.parameters
-    rows = [(f'test loss, {p.target} {p.weighting}', f"{s['loss']:.4f} ± {s['loss_se']:.4f}",
+    error = '' if p.error == 'squared' else f' {p.error}'
+    rows = [(f'test loss, {p.target} {p.weighting}{error}', f"{s['loss']:.4f} ± {s['loss_se']:.4f}",
              'mean over dimensions, without the ½')]
     if 'floor' in s:
         rows += [('floor', f"{s['floor']:.4f}", 'the same loss at the Bayes-optimal denoiser, by quadrature'),
