@@ -44,6 +44,8 @@ def _require_known(loss, dataset):
     "Raise unless the best answer can be computed."
     if not isinstance(dataset, GaussianMixture):
         raise TypeError(f'dataset must be a mixture with exact references, not {dataset!r:.80}.')
+    if loss.error.squared and not loss.best_is_mean:
+        raise ValueError(f'no best answer is known here of {loss!r:.150}.')
     if loss.error.squared or loss.error.of == 'elements': return
     raise ValueError(f'no best answer is known of {loss.error}: it takes the vector as a whole. '
                      "Choose of='elements'.")

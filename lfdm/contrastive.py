@@ -6,17 +6,16 @@
 __all__ = ['ContrastiveLoss', 'contrastive_floor']
 
 # %% ../nbs/library/91_contrastive.ipynb #cont0003
-from collections.abc import Callable
-
 import torch
 
 from .core import number, typed
 from .evaluation import floor
-from .losses import DiffusionLoss, predict
+from .losses import DiffusionLoss
+from .schedules import Level
 
 # %% ../nbs/library/91_contrastive.ipynb #cont0007
 class ContrastiveLoss(DiffusionLoss):
-    "The flow's loss minus κ times that against the next example's pair."
+    "The flow's loss minus κ times that against the pair of the example before."
     def __init__(self,
                  kappa: float = 0.05,        # weight of the other pair, from 0, below 1
                  schedule='rectified_flow',  # how noise levels are visited: name, class or instance
@@ -25,16 +24,15 @@ class ContrastiveLoss(DiffusionLoss):
         self.kappa = number('kappa', kappa, low=0, high=1)
         if self.kappa == 1: raise ValueError('kappa must be below 1: at 1 the loss has no minimum.')
         super().__init__(schedule, 'flow', weighting)
+        if self.schedule.learned: raise ValueError('the schedule must not learn: this loss can be negative.')
+
+    best_is_mean = False
 
     @typed
-    def values(self, net: Callable, x: torch.Tensor, t: torch.Tensor, eps: torch.Tensor):
-        "The loss of each example; the other pair is that of the next one. Raises ValueError for one example."
-        if len(x) < 2: raise ValueError('x must hold two examples or more: the loss needs another pair.')
-        z, y, level = self.noisy(x, t, eps)
-        y_hat = predict(net, z, level, x.dtype)
-        value = self.cost(y, y_hat, level)
-        if torch.is_grad_enabled(): self.observe(level, value)
-        return value - self.kappa * self.cost(y.roll(1, 0), y_hat, level)
+    def cost(self, y: torch.Tensor, y_hat: torch.Tensor, level: Level):
+        "The weighted error of each example, less κ times that against the pair of the one before it."
+        if len(y) < 2: raise ValueError('y must hold two examples or more: the loss needs another pair.')
+        return super().cost(y, y_hat, level) - self.kappa * super().cost(y.roll(1, 0), y_hat, level)
 
     def __repr__(self): return f'{type(self).__name__}({self.kappa:g}, {self.schedule}, {self.weighting})'
 

@@ -29,11 +29,11 @@ def require_method(dataset,      # what should be a data set
     if callable(getattr(dataset, method, None)) and not isinstance(dataset, type): return
     raise TypeError(f'dataset must be a data set with {method}, not {shown(dataset)}.')
 
-def _require_squared(loss):
+def _require_mean(loss):
     "Raise ValueError unless the mean is the best answer."
-    if loss.error.squared: return
-    raise ValueError(f'the floor is that of the squared error, not of {loss.error}, whose best answer '
-                     'is no mean: lfdm.best_answers.error_floor samples it.')
+    if loss.best_is_mean: return
+    raise ValueError(f'the floor of {loss!r:.150} has no quadrature: its best answer is no mean. '
+                     'error_floor samples it; that of a contrastive loss is contrastive_floor.')
 
 @typed
 def floor_per_logsnr(loss: DiffusionLoss, # the loss
@@ -41,7 +41,7 @@ def floor_per_logsnr(loss: DiffusionLoss, # the loss
                      logsnr,              # λ, any shape
                     ):                    # w(λ) times the smallest possible noise error, λ's shape
     "The floor's integrand: the smallest loss per unit of λ."
-    _require_squared(loss)
+    _require_mean(loss)
     require_method(dataset, 'eps_floor')
     logsnr = checked_logsnr(logsnr)
     w = implied_w(logsnr, loss.schedule, loss.target, loss.weighting)
@@ -66,7 +66,7 @@ def floor(loss: DiffusionLoss,  # the loss; its floor is over its schedule's ran
          ) -> float:            # mean over dimensions, without the ½; raises NoDensity without a density
     "The value of the loss at the Bayes-optimal denoiser, by quadrature in float64."
     from scipy.integrate import simpson
-    _require_squared(loss)
+    _require_mean(loss)
     require_method(dataset, 'eps_floor')
     points = number('points', points, 201, 10**7, integer=True)
     if loss.schedule.steps: return _floor_of_levels(loss, dataset)

@@ -235,6 +235,11 @@ class DiffusionLoss:
         factor, y = self.weighting.factor(level.logsnr, self.schedule, self.target), widened(y)
         return factor * self.error(y - y_hat.to(y.dtype), level.logsnr)
 
+    @property
+    def best_is_mean(self):
+        "Does E[y given z] cost least? Floors by quadrature, and excesses over it, are of such losses alone."
+        return self.error.squared
+
     @typed
     def observe(self, level: Level, value: torch.Tensor):
         "Let an adaptive schedule learn from each example's loss, value = w L′/p. Other schedules do nothing."

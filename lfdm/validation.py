@@ -57,7 +57,7 @@ class ValidationSet:
         y_hat, report = self._prediction(net), {}
         for name, y in {'loss': self.y, 'excess': self.best}.items():
             if y is None: continue
-            if name == 'loss' or self.loss.error.squared:   # else the exact mean is not the best answer
+            if name == 'loss' or self.loss.best_is_mean:
                 report |= self._statistics(name, self.loss.cost(y, y_hat, self.level))
             for other, loss in self.others.items():
                 found = self._statistics(f'{other}_{name}', loss.cost(y, y_hat, self.level))
