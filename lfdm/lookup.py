@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from importlib.resources import files
 
+import numpy as np
 import torch
 
 from .core import lookup, number, typed, unknown
@@ -144,6 +145,27 @@ class Row:
         texts = {k: fill(getattr(self, k)) for k in ('typed', 'w', 'named')}
         return replace(self, numbers=self.numbers | numbers, own={k: fill(v) for k, v in self.own.items()},
                        triple=self.triple and tuple(map(fill, self.triple)), **texts)
+
+    def formula(self,
+                name: str = 'w',  # 'w', or 'named': what the name suggests
+               ):                 # sympy, in the symbols λ and p; None if there is none
+        "A formula of the row."
+        import sympy
+        if (text := getattr(self, name)) is None: return None
+        symbols = dict(l=sympy.Symbol('lambda', real=True), p=sympy.Symbol('p', positive=True))
+        return sympy.sympify(text, locals=symbols)
+
+    def values(self,
+               logsnr: torch.Tensor,   # λ, shape (n,)
+               density: torch.Tensor,  # p(λ), shape (n,)
+               name: str = 'w',        # 'w' or 'named'
+              ) -> torch.Tensor:       # (n,), up to a constant
+        "A formula of the row at some λ."
+        import sympy
+        symbols = sympy.Symbol('lambda', real=True), sympy.Symbol('p', positive=True)
+        both = [{'Min': np.minimum, 'Max': np.maximum}, 'numpy']
+        found = sympy.lambdify(symbols, self.formula(name), both)(logsnr.numpy(), density.numpy())
+        return torch.as_tensor(found) + 0 * logsnr
 
     def curve(self):
         "(λ, density, w) of the code base's own formula, up to a constant."
