@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from .core import Numeric, expand, lookup, number, seeded, shown, typed
+from .core import Numeric, expand, instance, lookup, number, seeded, shown, typed
 from .data import checked_dtype
 from .images.data import dequantization_bits, dequantize, require_images, scaled
 from .losses import require_batch
@@ -21,6 +21,7 @@ from .sampling import checked_schedule
 from .schedules import Level
 from .score_matching import DIRECTIONS, divergence, probe_vectors, projected_divergence
 from .steps import Denoiser, at_angle, checked_guess, solve, velocity
+from .variances import VARIANCES, ReverseVariance, variance_terms
 
 # %% ../nbs/library/85_likelihood.ipynb #6ec2017e
 @typed
@@ -110,14 +111,16 @@ class Bound(NamedTuple):
 
 # %% ../nbs/library/85_likelihood.ipynb #1bc8a0e4
 def _drawn_levels(schedule, steps, draws, n, generator):
-    "λ of shape (draws, n), one in each of `draws` equal parts of λ or of T steps; its weight in ‖ε - ε̂‖²."
+    "λ_t and λ_s, (draws, n), one step in each of `draws` equal parts; the weight of ‖ε - ε̂‖² there."
     within = torch.rand(draws, n, generator=generator, device=generator.device).double().cpu()
     part = (torch.arange(draws)[:, None] + within) / draws
     low, high = schedule.logsnr_min, schedule.logsnr_max
-    if steps is None: return low + (high - low) * part, torch.full_like(part, (high - low) / 2)
+    if steps is None:
+        logsnr = low + (high - low) * part
+        return logsnr, logsnr, torch.full_like(part, (high - low) / 2)
     grid = schedule.logsnr(torch.linspace(0, 1, steps + 1, dtype=torch.float64))
     i = (part * steps).long().clamp(max=steps - 1)
-    return grid[i + 1], steps / 2 * torch.expm1(grid[i] - grid[i + 1])
+    return grid[i + 1], grid[i], steps / 2 * torch.expm1(grid[i] - grid[i + 1])
 
 # %% ../nbs/library/85_likelihood.ipynb #acebf322
 def _checked_range(denoiser, schedule, steps):
@@ -127,6 +130,13 @@ def _checked_range(denoiser, schedule, steps):
     if not math.isfinite(schedule.logsnr_max - schedule.logsnr_min):
         raise ValueError(f'the bound needs a finite range of logsnr, not {schedule!r}.')
     return schedule, schedule.steps if steps is None else steps
+
+def _checked_variance(variance, steps):
+    "The variance of the steps back; in continuous time all come to the same."
+    variance = instance(VARIANCES, variance, 'variance', ReverseVariance)
+    if steps or variance.name == 'posterior': return variance
+    raise ValueError(f'variance {variance.name!r} is of T steps: in continuous time none plays a role. '
+                     'Give steps.')
 
 def _require_finite_error(error, logsnr):
     "Raise FloatingPointError, with the level, unless the error is finite."
@@ -142,24 +152,28 @@ def nelbo(denoiser: Denoiser, # denoiser(z, level) -> (x̂, ε̂)
           steps: int = None,  # T; default: the schedule's own T levels, or else continuous time
           draws: int = 256,   # of level and noise, for each example
           seed: int = 0,      # of these
+          variance='posterior', # of T steps back: a name in VARIANCES, class or instance
          ) -> Bound:          # of tensors of shape (n,); raises ValueError, TypeError or FloatingPointError
     "An unbiased estimate of the NELBO with its three terms; thesis (3.6), (3.15)-(3.20)."
     schedule, steps = _checked_range(denoiser, schedule, steps)
-    draws = number('draws', draws, low=1, integer=True)
-    return _nelbo(denoiser, checked_data(x), schedule, steps, draws, seeded(seed, x.device))
+    draws, variance = number('draws', draws, low=1, integer=True), _checked_variance(variance, steps)
+    return _nelbo(denoiser, checked_data(x), schedule, steps, draws, seeded(seed, x.device), variance)
 
 # %% ../nbs/library/85_likelihood.ipynb #liknelbo1
-def _nelbo(denoiser, x, schedule, steps, draws, g):
+def _nelbo(denoiser, x, schedule, steps, draws, g, variance):
     "The same, with a random stream."
     dims = x[0].numel()
     square = lambda a: a.square().flatten(1).sum(1)
     diffusion = x.new_zeros(len(x))
-    for logsnr, weight in zip(*(q.to(x) for q in _drawn_levels(schedule, steps, draws, len(x), g))):
-        level = Level(logsnr, *schedule.scales(logsnr))
+    for logsnr, after, weight in zip(*(q.to(x) for q in _drawn_levels(schedule, steps, draws, len(x), g))):
+        level, cleaner = (Level(k, *schedule.scales(k)) for k in (logsnr, after))
         eps = torch.randn(x.shape, generator=g, device=x.device, dtype=x.dtype)
         z = expand(level.alpha, x) * x + expand(level.sigma, x) * eps
-        with torch.no_grad(): _, eps_hat = checked_guess(denoiser(z, level), z)
-        error, size = weight * square(eps - eps_hat), square(eps) - dims
+        with torch.no_grad():
+            _, eps_hat = checked_guess(denoiser(z, level), z)
+            factor, penalty = variance_terms(variance.log_ratio(z, cleaner, level))
+        price = (steps or 0) * penalty.expand_as(z).flatten(1).sum(1)
+        error, size = weight * square(factor.sqrt() * (eps - eps_hat)) + price, square(eps) - dims
         _require_finite_error(error, logsnr)
         diffusion += (error - _slope_of_others(error, size, dims) * size) / draws
     prior = prior_kl(x, schedule.level_at(torch.tensor(schedule.logsnr_min, dtype=torch.float64)))
@@ -269,16 +283,17 @@ def image_bound(denoiser: Denoiser,    # denoiser(z, level) -> (x̂, ε̂)
                 decoder: str = 'gaussian',          # 'gaussian' with dequantization, or 'discrete' without
                 dtype: torch.dtype = torch.float32, # of the images in [-1, 1], at least float32
                 progress: Callable = None,          # progress(phase, done, total)
+                variance='posterior',               # of T steps back: a name in VARIANCES, class or instance
                ) -> ImageBound:        # raises TypeError, ValueError or FloatingPointError
     "The NELBO of images in bits per dimension; thesis (3.6), with the offset of dequantization."
     lookup(dict.fromkeys(DECODERS), decoder, 'decoder')
     batches, dtype = _checked_images(images, levels, batch_size, dtype)
     schedule, steps = _checked_range(denoiser, schedule, steps)
-    draws = number('draws', draws, low=1, integer=True)
+    draws, variance = number('draws', draws, low=1, integer=True), _checked_variance(variance, steps)
     gaussian, g, parts = decoder == 'gaussian', seeded(seed, images.device), []
     for batch in batches:
         x = dequantize(batch, levels, g) if gaussian else scaled(batch, levels)
-        bound = _nelbo(denoiser, x.to(dtype), schedule, steps, draws, _next_stream(g))
+        bound = _nelbo(denoiser, x.to(dtype), schedule, steps, draws, _next_stream(g), variance)
         if not gaussian:
             nats = _discrete_reconstruction(batch, levels, schedule.level(0.), _next_stream(g), draws)
             bound = bound._replace(reconstruction=nats.to(bound.prior))

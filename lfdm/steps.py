@@ -20,6 +20,7 @@ from .core import Numeric, as_number, expand, instance, is_symbolic, maths, numb
 from .losses import predict
 from .schedules import Level, posterior
 from .targets import TARGETS, Target, V
+from .variances import VARIANCES, ReverseVariance
 
 # %% ../nbs/library/75_steps.ipynb #78383961
 class Denoiser(Protocol):
@@ -135,12 +136,16 @@ def require_noise(noise,  # what a step adds
 
 # %% ../nbs/library/75_steps.ipynb #48e197bf
 @typed
-def ancestral_step(denoiser: Denoiser, z: Numeric, s: Level, t: Level, noise: Numeric) -> Tensor:
-    "A draw from q(z_s given z_t, x = x̂); thesis (3.9)-(3.12)."
+def ancestral_step(denoiser: Denoiser, z: Numeric, s: Level, t: Level, noise: Numeric,
+                   variance='posterior', # of the step: a name in VARIANCES, class or instance
+                  ) -> Tensor:           # z_s
+    "A draw from q(z_s given z_t, x = x̂), or with another variance; thesis (3.9)-(3.12)."
     require_noise(noise, z)
+    variance = instance(VARIANCES, variance, 'variance', ReverseVariance)
     x_hat, _ = checked_guess(denoiser(z, t), z)
-    k_z, k_x, variance = posterior(s, t)
-    return k_z * z + k_x * x_hat + variance**0.5 * noise
+    k_z, k_x, var = posterior(s, t)
+    if variance.name != 'posterior': var = var * variance.log_ratio(z, s, t).exp()
+    return k_z * z + k_x * x_hat + var**0.5 * noise
 
 # %% ../nbs/library/75_steps.ipynb #21b3c01e
 @typed

@@ -9,7 +9,7 @@ from lfdm.adaptive import AdaptiveSchedule
 from lfdm.checkpoints import read_checkpoint
 from lfdm.contrastive import ContrastiveLoss
 from lfdm.data import Cluster, Ring
-from lfdm.discrete import DDPMSchedule
+from lfdm.discrete import DDPMSchedule, DiscreteSchedule
 from lfdm.evaluation import mean_distance
 from lfdm.images.data import Digits
 from lfdm.images.features import FeatureNet
@@ -33,7 +33,8 @@ LEFT = {
     **dict.fromkeys(["train_stacked", "sample_stacked", "side_by_side", "Runs"], "a part of make_grid"),
     **dict.fromkeys(["DownBlock", "UpBlock", "MidBlock", "ResBlock", "AttentionBlock"], "a part of UNet"),
     **dict.fromkeys(["Schedule", "BellSchedule", "FlowSchedule", "Target", "Weighting", "LogSNRWeighting",
-                     "EpsFactor", "RunParameters", "Dataset", "ImageSet", "Objective", "Error", "ScaledError",
+                     "EpsFactor", "ReverseVariance",
+                     "RunParameters", "Dataset", "ImageSet", "Objective", "Error", "ScaledError",
                      "Error.__call__"], "abstract"),
     **dict.fromkeys(["LossHistory.set", "LossHistory.slope", "LossHistory.at", "LossHistory.rows",
                      "AdaptiveSchedule.together", "AdaptiveSchedule.apart", "TrainState.descend",
@@ -42,6 +43,8 @@ LEFT = {
     **dict.fromkeys([f"{error}.{does}"
                      for error in ("Squared", "L1", "Huber", "PseudoHuber", "LogCosh", "Error")
                      for does in ("rho", "slope", "scale")], "a formula, called by its owner"),
+    **dict.fromkeys([f"{kind}Variance.log_ratio" for kind in
+                     ("Posterior", "Step", "Interpolated", "Optimal", "Reverse")], "called by a step"),
     **dict.fromkeys(["Row", "Row.with_numbers", "Row.curve", "Row.loss"], "from a file, checked there"),
     **dict.fromkeys(["inception", "inception_file", "fid", "CIFAR10", "advice"], "needs files not here")}
 
@@ -63,6 +66,7 @@ LONG = {"steps", "points", "draws", "projections", "n", "repeats", "epochs", "ba
         "max_steps", "chunk", "rtol", "atol", "width"}
 
 NUMBERS = dict(
+    nu=0.5, log_ratio=0.5,
     n=3, k=4, m=5, seed=0, steps=2, points=21, bins=4, repeats=2, draws=2, chunk=2, batch_size=2, dim=2,
     dims=4, width=8, depth=2, epochs=1, warmup=2, cooldown=2, left=1, max_steps=500, arrows=3, real=50,
     columns=2, gap=1,
@@ -136,7 +140,8 @@ def examples(folder):
         generators=New(lambda: [torch.Generator(), torch.Generator()]), targets=["eps", "x"], seeds=[0, 1],
         shape=(3, 2), dtype=torch.float32, within=(-5., 5.), e=exact_elbos(cluster, points=21),
         arrays=dict(a=np.zeros(1)), settings=dict(a=1), rows=[dict(a=1)], head=["a"], values=[1., 2.],
-        ways=["euler, 8"], scheduler=New(diffusers_scheduler), download=False, compiled=False, flip=False,
+        ways=["euler, 8"], spread=cluster.mmse,
+        scheduler=New(diffusers_scheduler), download=False, compiled=False, flip=False,
         low_discrepancy=True, schedules=(), others=(),
         **dict.fromkeys(["weights", "validation", "validations", "prepare", "forward", "accelerator"]))
 
@@ -153,6 +158,7 @@ def examples(folder):
         ScoreMatchingLoss=dict(levels=[-3., 3.]), P2=dict(k=1.), Sigmoid=dict(k=2.), floor=dict(points=201),
         Monotonic=dict(weighting="sech"),
         # steps, sampling, likelihood
+        snr_gain=a_step, chain_floor=dict(schedule=DiscreteSchedule(T=8)),
         **{f"{name}_step": a_step for name in SAMPLERS}, velocity=dict(level=t), prior_kl=dict(level=s),
         at_angle=dict(angle=torch.tensor(.5)), solve=dict(f=fall_in_time, state=randn(3, 2)),
         stack_denoiser=on_stack, sample_stack=on_stack, image_bound=on_digits, flow_bits_per_dim=on_digits,
