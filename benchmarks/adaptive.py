@@ -27,9 +27,8 @@ def epochs(together):
     "A generator: the processor seconds of each epoch; at the end it returns the weights."
     tasks = [task_of(p) for p in grid(**AXES)]
     losses = [task.parameters.loss() for task in tasks]
-    schedules = [loss.schedule for loss in losses]
     seeds = [task.parameters.seed for task in tasks]
-    state = TrainState(StackedMLP([task.new_network() for task in tasks]), 1e-3, seeds, schedules=schedules)
+    state = TrainState(StackedMLP([task.new_network() for task in tasks]), 1e-3, seeds, losses=losses)
     data = [task.data.train(seed) for task, seed in zip(tasks, seeds)]
     joins = AdaptiveSchedule.joins
     if not together: AdaptiveSchedule.joins = lambda self, batch_size=None: False

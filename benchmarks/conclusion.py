@@ -103,7 +103,7 @@ class Loop:
         tasks = [task_of(Parameters(dataset=d, **options)) for d in SETS]
         p, nets = tasks[0].parameters, StackedMLP([task.new_network() for task in tasks])
         losses, data = [t.parameters.loss() for t in tasks], [t.data.train(0) for t in tasks]
-        state = TrainState(nets, p.lr, [0] * 4, p.ema, schedules=[loss.schedule for loss in losses])
+        state = TrainState(nets, p.lr, [0] * 4, p.ema, losses=losses)
         checks = [t.validation() for t in tasks]
         forward = with_precision(nets, p.precision)
         self.loop = train_stack(state, losses, data, 99, p.batch_size, checks, forward)

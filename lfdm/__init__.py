@@ -1,3 +1,3 @@
 __version__ = "0.1.0"
 
-from . import adaptive, densities, discrete  # they join SCHEDULES
+from . import adaptive, densities, discrete, uncertainty  # they join SCHEDULES and WEIGHTINGS

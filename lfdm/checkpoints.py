@@ -113,7 +113,7 @@ def _tensors(state):
     return (_named('net', _weights(state.net))
             | _named('hidden', _hidden(state.net))
             | {'generators': torch.stack([g.get_state() for g in state.generators])}
-            | _numbered('schedule', learned)
+            | _numbered('schedule', learned)   # of a schedule or a weighting
             | _named('ema', average)
             | _numbered('optimizer', _moments(state)))
 
@@ -163,7 +163,7 @@ class Checkpoint(NamedTuple):
     moments: dict                # Adam's state, by the number of the parameter
     trained: set                 # numbers of the parameters that have such a state; None: a file from before
     random_states: torch.Tensor  # one row for each generator
-    learned: dict                # what schedules have learned, by the number of the network
+    learned: dict                # what schedules or weightings have learned, by the number of the network
 
 # %% ../nbs/library/68_checkpoints.ipynb #aaca4f86
 @typed
@@ -289,9 +289,9 @@ def _require_random_states(record, generators):
 def _require_learned(record, learning):
     expected = {m: _kinds(s.state()) for m, s in learning.items() if s.state()}
     if {m: _kinds(tensors) for m, tensors in record.learned.items()} != expected:
-        raise ValueError('it does not hold what these schedules have learned')
-    for m, schedule in learning.items():
-        copy.deepcopy(schedule).load_state(record.learned.get(m, {}))  # raises if it is no state of its own
+        raise ValueError('it does not hold what these losses have learned')
+    for m, learner in learning.items():
+        copy.deepcopy(learner).load_state(record.learned.get(m, {}))  # raises if it is no state of its own
 
 # %% ../nbs/library/68_checkpoints.ipynb #b5f06082
 @typed
@@ -306,7 +306,7 @@ def restore(state,               # a TrainState; changed in place
                                      'param_groups': state.optimizer.state_dict()['param_groups']})
     for g, random_state in zip(state.generators, record.random_states):
         g.set_state(random_state.clone())  # it reads a tensor from the start of its storage
-    for m, schedule in state.learning.items(): schedule.load_state(record.learned.get(m, {}))
+    for m, learner in state.learning.items(): learner.load_state(record.learned.get(m, {}))
     state.epoch, state.steps, state.history = record.epoch, record.steps, record.history
 
 # %% ../nbs/library/68_checkpoints.ipynb #208b5692

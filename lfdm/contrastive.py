@@ -24,7 +24,8 @@ class ContrastiveLoss(DiffusionLoss):
         self.kappa = number('kappa', kappa, low=0, high=1)
         if self.kappa == 1: raise ValueError('kappa must be below 1: at 1 the loss has no minimum.')
         super().__init__(schedule, 'flow', weighting)
-        if self.schedule.learned: raise ValueError('the schedule must not learn: this loss can be negative.')
+        if self.learner is not None:
+            raise ValueError('schedule and weighting must not learn: this loss can be negative.')
 
     best_is_mean = False
 
@@ -35,7 +36,6 @@ class ContrastiveLoss(DiffusionLoss):
         return super().cost(y, y_hat, level) - self.kappa * super().cost(y.roll(1, 0), y_hat, level)
 
     def __repr__(self): return f'{type(self).__name__}({self.kappa:g}, {self.schedule}, {self.weighting})'
-
 
 # %% ../nbs/library/91_contrastive.ipynb #cont0008
 @typed

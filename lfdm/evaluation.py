@@ -35,6 +35,7 @@ def _require_mean(loss):
     raise ValueError(f'the floor of {loss!r:.150} has no quadrature: its best answer is no mean. '
                      'error_floor samples it; that of a contrastive loss is contrastive_floor.')
 
+# %% ../nbs/library/90_evaluation.ipynb #floorcell1
 @typed
 def floor_per_logsnr(loss: DiffusionLoss, # the loss
                      dataset,             # a data set with exact references
@@ -44,15 +45,21 @@ def floor_per_logsnr(loss: DiffusionLoss, # the loss
     _require_mean(loss)
     require_method(dataset, 'eps_floor')
     logsnr = checked_logsnr(logsnr)
+    if loss.weighting.learned:
+        return loss.schedule.density(logsnr) * loss.weighting.lowest(_floor_at(loss.judge, dataset, logsnr))
     w = implied_w(logsnr, loss.schedule, loss.target, loss.weighting)
     return w * dataset.eps_floor(logsnr)
+
+def _floor_at(loss, dataset, logsnr):
+    "The smallest loss at a level."
+    return loss.weighting.eps_factor(logsnr, loss.schedule, loss.target) * dataset.eps_floor(logsnr)
 
 def _floor_of_levels(loss, dataset):
     "The mean over the T levels of a discrete schedule."
     s, T = loss.schedule, loss.schedule.steps
     logsnr = s.logsnr(torch.arange(1, T + 1, dtype=torch.float64) / T)
-    factor = loss.weighting.eps_factor(logsnr, s, loss.target)
-    return (factor * dataset.eps_floor(logsnr)).mean().item()
+    lowest = _floor_at(loss.judge, dataset, logsnr)
+    return (loss.weighting.lowest(lowest) if loss.weighting.learned else lowest).mean().item()
 
 def _grows_without_bound(loss, dataset, low, high):
     "Does the integrand not vanish towards an end at infinity?"

@@ -104,8 +104,8 @@ def train_stacked(tasks: list,      # of PointsTask, alike
     "Train a stack of runs."
     p, all_p = tasks[0].parameters, [task.parameters for task in tasks]
     losses, name = [p.loss() for p in all_p], ' '.join(p.slug() for p in all_p)
-    nets, schedules = StackedMLP([task.new_network() for task in tasks]), [loss.schedule for loss in losses]
-    state = TrainState(nets, p.lr, [p.seed for p in all_p], p.ema, p.clip, p.warmup, p.cooldown, schedules)
+    nets = StackedMLP([task.new_network() for task in tasks])
+    state = TrainState(nets, p.lr, [p.seed for p in all_p], p.ema, p.clip, p.warmup, p.cooldown, losses)
     if checkpoint.exists(): state.load(checkpoint, name)
     data = [task.data.train(p.seed).to(p.device) for task, p in zip(tasks, all_p)]
     progress('train', state.epoch, p.epochs)

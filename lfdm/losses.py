@@ -127,8 +127,12 @@ def _require_level(z, level):
 
 # %% ../nbs/library/40_losses.ipynb #b08e6f27
 def _require_fixed_weight(loss):
-    "Check that the weight does not move with the schedule."
+    "Check that the weight does not move with the schedule, and that what learns knows all of its levels."
+    if loss.weighting.learned: loss.weighting.require_range(loss.schedule)
     if not loss.schedule.learned or isinstance(loss.weighting, LogSNRWeighting): return
+    if loss.weighting.learned:
+        raise ValueError(f'the {loss.schedule.name} schedule and the weighting {loss.weighting!r:.150} both '
+                         'follow the loss. Choose one of them.')
     raise ValueError(
         f'the {loss.schedule.name} schedule needs a weight w(λ), '
         f'but the weighting {loss.weighting!r} is a factor on the error: its weight g(λ)p(λ) '
@@ -233,7 +237,8 @@ class DiffusionLoss:
         "The weighted error of a prediction."
         require_shape('y_hat', y_hat, 'y', y)
         factor, y = self.weighting.factor(level.logsnr, self.schedule, self.target), widened(y)
-        return factor * self.error(y - y_hat.to(y.dtype), level.logsnr)
+        value = factor * self.error(y - y_hat.to(y.dtype), level.logsnr)
+        return value + self.weighting.u(level.logsnr) if self.weighting.learned else value
 
     @property
     def best_is_mean(self):
@@ -242,10 +247,22 @@ class DiffusionLoss:
 
     @typed
     def observe(self, level: Level, value: torch.Tensor):
-        "Let an adaptive schedule learn from each example's loss, value = w L′/p. Other schedules do nothing."
+        "Let schedule or weighting, if one learns, learn from each example's loss; of a w(λ), value = w L′/p."
+        if self.weighting.learned: self.weighting.observe(level.logsnr, value.detach())
         if not self.schedule.learned: return
         density = self.schedule.density(level.logsnr)
         self.schedule.observe(level.logsnr, value.detach() * density)
+
+    @property
+    def learner(self):
+        "The part that learns and belongs into a checkpoint, schedule or weighting; None if none does."
+        return next((part for part in (self.schedule, self.weighting) if hasattr(part, 'state')), None)
+
+    @property
+    def judge(self):
+        "The loss that judges a network: of a weighting that learns, with the one it starts from."
+        if not self.weighting.learned: return self
+        return DiffusionLoss(self.schedule, self.target, self.weighting.base, self.error)
 
     @typed
     def factor(self,

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from .core import Numeric, lookup, number, seeded, shown, typed, write_whole
+from .core import Numeric, lookup, number, seeded, shown, spec, typed, write_whole
 from .data import Dataset
 from .evaluation import floor_per_logsnr
 from .folders import checked_scale, place, suffixed
@@ -347,8 +347,9 @@ def plot_loss(run,  # a finished run
     epochs, losses = [m['epoch'] for m in run.metrics], [m['loss'] for m in run.metrics]
     train = [m['train_loss'] for m in run.metrics[1:]]
     left.plot(epochs, losses, color=color, label='test loss')
-    left.plot(epochs[1:], train, color=color, lw=0.8, alpha=0.4, label='training loss')
-    left.set(xlabel='epoch', ylabel=f'{p.weighting} loss, {LABELS[p.target]}')
+    if not run.loss.weighting.learned:   # else the training's is another loss
+        left.plot(epochs[1:], train, color=color, lw=0.8, alpha=0.4, label='training loss')
+    left.set(xlabel='epoch', ylabel=f'{spec(run.loss.judge.weighting)} loss, {LABELS[p.target]}')
     if floor is not None:
         left.axhline(floor, color=COLORS['floor'], ls='--', lw=1, label='floor')
         _plot_excess(axes[0, 1], epochs, run, color)
@@ -362,7 +363,7 @@ def _plot_floor(ax, run):
     "The lowest loss per unit of λ that any network can have."
     s = run.loss.schedule
     k = torch.linspace(s.logsnr_min + 1e-6, s.logsnr_max - 1e-6, 400, dtype=torch.float64)
-    floor = floor_per_logsnr(run.loss, run.dataset, k)
+    floor = floor_per_logsnr(run.loss.judge, run.dataset, k)
     ax.plot(k, floor, color=COLORS['floor'], ls='--', lw=1, label='floor')
 
 @typed

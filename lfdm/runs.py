@@ -410,7 +410,7 @@ def _train(task: Task,       # of the run
     p, main = task.parameters, _is_main(accelerator)
     loss, name = p.loss(), p.slug()
     state = TrainState(task.new_network(), p.lr, p.seed, p.ema, p.clip, p.warmup, p.cooldown,
-                       [loss.schedule])
+                       [loss])
     if checkpoint.exists(): state.load(checkpoint, name)
     first, start = state.epoch, time.monotonic()
     saved = start

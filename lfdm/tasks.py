@@ -110,7 +110,7 @@ class PointsTask:
     def _measured_on(self, x, **options):
         "The loss on fixed points, with the exact denoiser where it is known."
         exact = _exact(type(self.data)) if self.data.exact else None
-        x, loss = x.to(self.parameters.device), self.parameters.loss()
+        x, loss = x.to(self.parameters.device), self.parameters.loss().judge
         return ValidationSet(loss, x, denoise=exact, others=ALSO_JUDGED_BY, **options)
 
     def validation(self) -> ValidationSet:
@@ -144,7 +144,7 @@ class PointsTask:
 
     def _floors(self, excess):
         "The lowest loss that any network can reach, for each weighting, and the excess over it."
-        loss, data = self.parameters.loss(), self.data
+        loss, data = self.parameters.loss().judge, self.data
         floors = {f'{w}_floor': floor(loss.beside(w), data) for w in ALSO_JUDGED_BY}
         if excess is None: return floors   # the error is not the square: no floor by quadrature
         lowest = floor(loss, data)

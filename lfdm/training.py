@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'ema_decay', 'clip_gradients', 'warmed_up', 'cooled_down', 'with_precision', 'TrainState', 'train',
-           'checked_epochs', 'checked_batch_size', 'require_data', 'require_known_schedules', 'alike', 'train_stack']
+           'checked_epochs', 'checked_batch_size', 'require_data', 'require_known_learners', 'alike', 'train_stack']
 
 # %% ../nbs/library/70_training.ipynb #b828d5d9
 import copy
@@ -30,7 +30,7 @@ from lfdm.checkpoints import (
 from .core import number, seeded, shown, typed, unknown
 from .losses import DiffusionLoss, draw, predict
 from .networks import StackedMLP
-from .schedules import Level, Schedule
+from .schedules import Level
 
 # %% ../nbs/library/70_training.ipynb #e7932eaa
 @typed
@@ -103,12 +103,12 @@ class TrainState:
                  clip: float = None,  # largest norm of each network's gradient
                  warmup: int = 0,     # steps over which the learning rate rises
                  cooldown: int = 0,   # last steps, over which it falls to 0
-                 schedules: list = (), # the losses' schedules, one per network, if they learn
+                 losses: list = (),   # one per network, if their schedules or weightings learn
                 ):                    # raises TypeError, ValueError
         require_network(net)
         device = next(net.parameters()).device
         seeds = _seeds(seed, net)
-        _require_schedules(schedules, len(seeds))
+        _require_losses(losses, len(seeds))
         self.net, self.epoch, self.steps, self.history = net, 0, 0, []
         self.options = training_options(ema, clip, warmup, cooldown)
         self.last = None   # the step with which training ends; whoever trains says it
@@ -116,7 +116,7 @@ class TrainState:
         self.optimizer = torch.optim.Adam(net.parameters(), self.lr, fused=True)
         self.generators = [seeded(s, device) for s in seeds]
         self.average = _copied(net).requires_grad_(False) if ema is not None else None
-        self.learning = {m: s for m, s in enumerate(schedules) if hasattr(s, 'state')}
+        self.learning = _learners(losses)
 
     @property
     def result(self):
@@ -189,12 +189,20 @@ def _seeds(seed, net):
     if len(seed) == (len(net) if _is_stack(net) else 1): return list(seed)
     raise ValueError(f'seed must be one number, or one for each network of a stack, not {shown(seed)}.')
 
-def _require_schedules(schedules, many):
+def _require_losses(losses, many):
     "Raise unless there is one for each network, or none at all."
-    for s in schedules:
-        if not isinstance(s, Schedule): raise TypeError(f'schedules must be Schedules, not {shown(s)}.')
-    if schedules and len(schedules) != many:
-        raise ValueError(f"{many} networks need as many schedules, not {len(schedules)}.")
+    _require_each('losses', losses, DiffusionLoss)
+    if losses and len(losses) != many:
+        raise ValueError(f"{many} networks need as many losses, not {len(losses)}.")
+
+def _require_each(name, values, kind):
+    for v in values:
+        if not isinstance(v, kind): raise TypeError(f'{name} must be {kind.__name__}s, not {shown(v)}.')
+
+def _learners(losses):
+    "What learns, by the number of the network."
+    found = {m: getattr(loss, 'learner', None) for m, loss in enumerate(losses)}
+    return {m: learner for m, learner in found.items() if learner is not None}
 
 def _copied(net):
     "A copy of a network, for its average."
@@ -232,7 +240,7 @@ def train(state: TrainState,      # the state to go on from; changed in place
          ):                       # yields the state after each epoch; raises as below, or FloatingPointError
     "Train one epoch at a time. The training loss is that of the weights; validation sees `state.result`."
     require_data('x', x, state)
-    require_known_schedules(state, [loss])
+    require_known_learners(state, [loss])
     epochs, batch_size = checked_epochs(epochs), checked_batch_size(batch_size, len(x))
     processes = _Processes(accelerator, state.net)
     processes.require_shares(state, len(x), batch_size)
@@ -279,7 +287,8 @@ class _Processes:
     def require_shares(self, state, n, batch_size):
         "Raise ValueError if the work cannot be shared."
         if self.count > 1 and state.learning:
-            raise ValueError("a schedule that learns follows the losses of one process: train it on one.")
+            raise ValueError("a schedule or weighting that learns follows the losses of one process: "
+                             "train it on one.")
         smallest = n % batch_size or batch_size
         if smallest < self.count:
             raise ValueError(f"the last batch of an epoch has {smallest} examples for {self.count} "
@@ -337,17 +346,16 @@ def require_data(name,   # of the argument, for the message
         raise ValueError(f'{name} must hold an example or more, shape (n, ...), not shape {tuple(x.shape)}.')
     if not x.isfinite().all(): raise ValueError(f'{name} must be finite, but has nan or infinite values.')
 
-def require_known_schedules(state,        # a TrainState
-                            losses: list, # one for each of its networks
-                           ):             # raises ValueError
-    "Refuse a schedule that learns unless it belongs to one network and goes into its checkpoints."
-    schedules = [getattr(loss, 'schedule', None) for loss in losses]
-    learning = {m: id(s) for m, s in enumerate(schedules) if hasattr(s, 'state')}
+def require_known_learners(state,        # a TrainState
+                           losses: list, # one for each of its networks
+                          ):             # raises ValueError
+    "Refuse what learns unless it belongs to one network and goes into its checkpoints."
+    learning = {m: id(learner) for m, learner in _learners(losses).items()}
     if len(set(learning.values())) < len(learning):
-        raise ValueError("two networks cannot share a schedule that learns: give each its own.")
-    if learning != {m: id(s) for m, s in state.learning.items()}:
-        raise ValueError("a loss's schedule learns, and the state does not know it: "
-                         "pass it to TrainState(..., schedules=[loss.schedule]) too, "
+        raise ValueError("two networks cannot share a schedule or weighting that learns: give each its own.")
+    if learning != {m: id(learner) for m, learner in state.learning.items()}:
+        raise ValueError("a loss learns, and the state does not know it: "
+                         "pass it to TrainState(..., losses=[loss]) too, "
                          "else a checkpoint would forget what it learned.")
 
 def _finite(value):
@@ -372,13 +380,10 @@ def alike(losses: list,           # one for each network
     groups = [list(group) for _, group in groupby(range(len(losses)), key=key)]
     return [slice(group[0], group[-1] + 1) for group in groups]
 
-def _require_each(name, values, kind):
-    for v in values:
-        if not isinstance(v, kind): raise TypeError(f'{name} must be {kind.__name__}s, not {shown(v)}.')
-
 def _exactly(m, losses, batch_size):
     "The classes and exact options of a loss. A schedule that learns must have one history for each network."
     loss, schedule = losses[m], losses[m].schedule
+    if hasattr(loss.weighting, 'state'): return m
     if hasattr(schedule, 'state'):
         shared = sum(other.schedule is schedule for other in losses) > 1
         if shared or not hasattr(schedule, 'joins') or not schedule.joins(batch_size): return m
@@ -431,7 +436,7 @@ def train_stack(state: TrainState,      # of a StackedMLP, with one seed per net
                ):                       # yields the state after each epoch; raises as `train` does
     "Train the networks of a stack side by side. One that diverges is reported so; the others go on."
     data = _require_one_each(state, losses, data, validations)
-    require_known_schedules(state, losses)
+    require_known_learners(state, losses)
     epochs, batch_size = checked_epochs(epochs), checked_batch_size(batch_size, len(data[0]))
     groups, n, device = alike(losses, batch_size), len(data[0]), data[0].device
     net = state.net if forward is None else forward

@@ -58,7 +58,10 @@ class ValidationSet:
         for name, y in {'loss': self.y, 'excess': self.best}.items():
             if y is None: continue
             if name == 'loss' or self.loss.best_is_mean:
-                report |= self._statistics(name, self.loss.cost(y, y_hat, self.level))
+                value = self.loss.cost(y, y_hat, self.level)
+                without_u = name == 'excess' and self.loss.weighting.learned
+                if without_u: value = value - self.loss.weighting.u(self.level.logsnr)
+                report |= self._statistics(name, value)
             for other, loss in self.others.items():
                 found = self._statistics(f'{other}_{name}', loss.cost(y, y_hat, self.level))
                 report |= {k: v for k, v in found.items() if not isinstance(v, list)}

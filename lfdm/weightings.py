@@ -29,6 +29,8 @@ def _at_level(formula):
 # %% ../nbs/library/30_weightings.ipynb #42dd81ef
 class Weighting(Choice):
     "How much each noise level counts. Subclasses give `eps_factor`, most of them through `w` or `g`."
+    learned = False   # does it follow the loss?
+
     def eps_factor(self, logsnr: Numeric, schedule: Schedule, target: Target):
         "The factor on the noise error at a sampled time."
         raise NotImplementedError
@@ -294,6 +296,7 @@ class Implied(LogSNRWeighting):
         return weighting.eps_factor(logsnr, schedule, target) / -schedule.dlogsnr_at(logsnr)
 
 def _require_fixed(name, schedule, target, weighting):
+    if weighting.learned: raise ValueError(f'the weighting {weighting!r:.150} moves. Bind another.')
     if schedule.learned and not isinstance(weighting, LogSNRWeighting):
         raise ValueError(f'the {name} schedule moves: a weight cannot be bound to it. Name another.')
 

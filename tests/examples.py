@@ -36,7 +36,8 @@ LEFT = {
                      "EpsFactor", "ReverseVariance",
                      "RunParameters", "Dataset", "ImageSet", "Objective", "Error", "ScaledError",
                      "Error.__call__"], "abstract"),
-    **dict.fromkeys(["LossHistory.set", "LossHistory.slope", "LossHistory.at", "LossHistory.rows",
+    **dict.fromkeys(["LossHistory.set", "LossHistory.slope", "LossHistory.load_state",
+                     "Uncertainty.lowest", "Uncertainty.require_range", "LossHistory.at", "LossHistory.rows",
                      "AdaptiveSchedule.together", "AdaptiveSchedule.apart", "TrainState.descend",
                      *(f"{kind}Task.{does}" for kind in ("Image", "Points")
                        for does in ("fit", "judge", "samples"))], "called by its owner"),
@@ -142,7 +143,7 @@ def examples(folder):
         arrays=dict(a=np.zeros(1)), settings=dict(a=1), rows=[dict(a=1)], head=["a"], values=[1., 2.],
         ways=["euler, 8"], spread=cluster.mmse,
         scheduler=New(diffusers_scheduler), download=False, compiled=False, flip=False,
-        low_discrepancy=True, schedules=(), others=(),
+        low_discrepancy=True, others=(),
         **dict.fromkeys(["weights", "validation", "validations", "prepare", "forward", "accelerator"]))
 
     chain, bytes_8 = DDPMSchedule(), torch.randint(0, 255, (3, 1, 8, 8), dtype=torch.uint8)
@@ -164,7 +165,8 @@ def examples(folder):
         stack_denoiser=on_stack, sample_stack=on_stack, image_bound=on_digits, flow_bits_per_dim=on_digits,
         discrete_reconstruction=dict(images=digit, level=s), flow_log_prob=dict(denoiser=unchanged),
         # training
-        train=dict(x=randn(6, 2)), ValidationSet=dict(x=randn(40, 2)), TrainState=dict(ema=None, clip=None),
+        train=dict(x=randn(6, 2)), ValidationSet=dict(x=randn(40, 2)),
+        TrainState=dict(ema=None, clip=None, losses=()),
         train_stack=dict(state=New(lambda: TrainState(new_stack(), seed=[0, 1]))),
         content_digest=dict(tensors=dict(a=torch.ones(2)), metadata=dict(a="b")),
         write_checkpoint=dict(run="a run"), read_checkpoint=dict(path=checkpoint),
@@ -206,7 +208,8 @@ def examples(folder):
     own |= {
         # methods: of one class, or of all
         "Squared.__call__": dict(residual=randn(3, 2), logsnr=torch.zeros(3)),
-        "AdaptiveSchedule.load_state": dict(state=AdaptiveSchedule(-9., 9.).state()),
+        **dict.fromkeys(["AdaptiveSchedule.load_state", "Uncertainty.load_state"],
+                        dict(state=AdaptiveSchedule(-9., 9.).state())),
         "PointsTask.restored": dict(array=np.zeros((3, 2))),
         "ImageTask.restored": dict(array=np.zeros((3, 1, 16, 16), np.uint8)),
         "ImageTask.stored": dict(samples=bytes_8), "Record.values": dict(name="a"),

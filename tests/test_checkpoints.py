@@ -58,7 +58,7 @@ def meta(**kw): return edit(meta=META | kw)
 def generators(*shape): return edit(new={"generators": torch.zeros(*shape, dtype=torch.uint8)})
 
 MOMENTS, DEVICE = "does not hold this network's Adam moments", "random state is another device's"
-SHAPE, AVERAGE, LEARNED = "another shape", "does not hold the average", "what these schedules have learned"
+SHAPE, AVERAGE, LEARNED = "another shape", "does not hold the average", "what these losses have learned"
 DAMAGE = [
     (lambda p: p.write_bytes(b""), None), (lambda p: p.write_bytes(p.read_bytes() + b"0"), None),
     (lambda p: p.unlink(), None), (lambda p: (p.unlink(), p.mkdir()), None),

@@ -23,7 +23,7 @@ def each_alone(triples, **options):
     "The networks of a stack, trained alone; anew, as a schedule that learns has its history from the stack."
     for m, triple in enumerate(triples):
         loss = DiffusionLoss(*triple)
-        yield m, trained(new_state(m, schedules=[loss.schedule], **options), 1, 50, SETS[m], loss)
+        yield m, trained(new_state(m, losses=[loss], **options), 1, 50, SETS[m], loss)
 
 
 def close(a, b): return all((p - q).abs().max() < 1e-3 for p, q in zip(a.parameters(), b.parameters()))
@@ -72,7 +72,7 @@ def test_what_one_network_of_a_stack_teaches_its_schedule_is_its_own():
     stacked(losses, 2, data)
     histories = [loss.schedule.state()["history"] for loss in losses]
     for m, loss in enumerate(make()):
-        trained(new_state(m, schedules=[loss.schedule]), 2, 50, data[m], loss)
+        trained(new_state(m, losses=[loss]), 2, 50, data[m], loss)
         history = loss.schedule.state()["history"]
         torch.testing.assert_close(history, histories[m], rtol=1e-3, atol=1e-6, equal_nan=True)
     assert not torch.allclose(histories[0].nan_to_num(), histories[1].nan_to_num(), rtol=0.1)
@@ -80,10 +80,9 @@ def test_what_one_network_of_a_stack_teaches_its_schedule_is_its_own():
 
 def test_schedules_that_learn_are_never_shared_between_networks():
     losses = [DiffusionLoss(Learning()) for _ in range(3)]
-    own = [loss.schedule for loss in losses]
-    with pytest.raises(ValueError, match="cannot share a schedule that learns"): stacked([losses[0]] * 2)
-    for schedules in ((), own[::-1]):
-        with pytest.raises(ValueError, match="does not know it"): stacked(losses, schedules=schedules)
+    with pytest.raises(ValueError, match="cannot share a schedule or weighting"): stacked([losses[0]] * 2)
+    for known in ((), losses[::-1]):
+        with pytest.raises(ValueError, match="does not know it"): stacked(losses, known=known)
 
 
 # ---- one that goes wrong

@@ -173,11 +173,11 @@ def test_an_epoch_that_is_behind_asks_for_nothing():
 def test_a_schedule_that_learns_must_be_known_to_the_state():
     loss, state = learning()
     for stranger in (new_state(), learning()[1]):
-        with pytest.raises(ValueError, match=r"schedules=\[loss.schedule\]"): trained(stranger, 1, loss=loss)
+        with pytest.raises(ValueError, match=r"losses=\[loss\]"): trained(stranger, 1, loss=loss)
     with pytest.raises(ValueError, match="does not know it"): trained(state, 1)
-    with pytest.raises(ValueError, match="1 networks need as many schedules, not 2"):
-        new_state(schedules=[Learning(), Learning()])
-    assert new_state(schedules=[LOSS.schedule]).learning == {}   # one that does not learn may be named
+    with pytest.raises(ValueError, match="1 networks need as many losses, not 2"):
+        new_state(losses=[DiffusionLoss(Learning()), DiffusionLoss(Learning())])
+    assert new_state(losses=[LOSS]).learning == {}   # one that does not learn may be named
 
 
 # ---- training that goes wrong

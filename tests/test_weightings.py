@@ -74,7 +74,7 @@ def test_every_weight_against_50_digits_at_extreme_levels():
         'edm': lambda l: bell(l, mp.mpf(2.4), mp.mpf(2.4)) * (1 + 4 * e(-l)),
         'edm(mean=-1, std=2, sigma_data=2)': lambda l: bell(l, -1, 2) * (e(-l) + 4) / 4,
         'edm(mean=1, std=40)': lambda l: bell(l, 1, 40) * (1 + 4 * e(-l))}
-    unprinted = {'weighted', 'ddpm_vlb', 'edm_monotonic', 'implied'}
+    unprinted = {'weighted', 'ddpm_vlb', 'edm_monotonic', 'implied', 'uncertainty'}
     assert {words.split('(')[0] for words in printed} == WEIGHTINGS.keys() - unprinted
     for (words, formula), (dtype, near) in itertools.product(printed.items(), ((f32, 1e-4), (f64, 1e-12))):
         k = torch.tensor([-80., -40.5, -3., -0.25, 0., 0.25, 1.5, 10., 40.5, 80.], dtype=dtype)

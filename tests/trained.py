@@ -32,8 +32,8 @@ def trained(state, epochs=1, batch_size=20, x=X, loss=LOSS, validation=None):
 def new_stack(losses, lr=1e-3, shift=0, **options):
     "A state for these losses; network m begins as `new_state(m)` does."
     seeds = [m + shift for m in range(len(losses))]
-    schedules = options.pop("schedules", [loss.schedule for loss in losses])
-    return TrainState(StackedMLP([new_net(m) for m in seeds]), lr, seeds, schedules=schedules, **options)
+    known = options.pop("known", losses)
+    return TrainState(StackedMLP([new_net(m) for m in seeds]), lr, seeds, losses=known, **options)
 
 
 def stacked(losses, epochs=1, data=None, validations=None, **options):
@@ -85,4 +85,4 @@ class Learning(CosineSchedule):
 def learning(seed=0, **options):
     "A loss whose schedule learns, and a state that knows it."
     loss = DiffusionLoss(Learning())
-    return loss, new_state(seed, schedules=[loss.schedule], **options)
+    return loss, new_state(seed, losses=[loss], **options)

@@ -139,7 +139,7 @@ class ImageTask:
         p, images = self.parameters, self.test_images().repeat(draws, 1, 1, 1)
         x = dequantize(images, p.levels, seeded(seed, p.device))
         exact = self.data.denoise if self.data.exact else None
-        return ValidationSet(p.loss(), x, min(20, len(x)), seed, exact, ALSO_JUDGED_BY, chunk=256)
+        return ValidationSet(p.loss().judge, x, min(20, len(x)), seed, exact, ALSO_JUDGED_BY, chunk=256)
 
     def _noised(self, batch, generator):
         "A batch of bytes as the network is trained on it."
