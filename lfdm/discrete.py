@@ -6,6 +6,7 @@
 __all__ = ['BETAS', 'Staircase', 'DiscreteSchedule', 'DDPMSchedule']
 
 # %% ../nbs/library/12_discrete.ipynb #26d185e9
+import copy
 import math
 import warnings
 
@@ -40,9 +41,9 @@ def _require_path(schedule):
                          "Choose one with a path.")
 
 def _require_ends(schedule):
-    "Raise ValueError if an end of the range is infinite."
-    if not math.isfinite(schedule.logsnr_max - schedule.logsnr_min):
-        raise ValueError(f"T levels need a finite range of logsnr, not {schedule!r}.")
+    "Raise ValueError if the clean end is infinite. The noisy one may be: its level is pure noise."
+    if not math.isfinite(schedule.logsnr_max):
+        raise ValueError(f"T levels need a finite logsnr_max, not {schedule!r}.")
 
 def _require_first(logsnr_max, first):
     "Raise ValueError unless λ_0 lies above λ_1."
@@ -52,9 +53,16 @@ def _require_first(logsnr_max, first):
 
 def _require_last(logsnr_min, last):
     "Raise ValueError if λ_T is asked to be another than it is."
-    if logsnr_min is not None and abs(number('logsnr_min', logsnr_min) - last) > 1e-6 * abs(last):
+    if logsnr_min is not None and not math.isclose(number('logsnr_min', logsnr_min), last, rel_tol=1e-6):
         raise ValueError(f"the ddpm schedule ends at logsnr {last:.6g}, given by T and beta; "
                          f"it cannot end at logsnr_min {logsnr_min!r}.")
+
+def _checked_zero_snr(zero_snr, T):
+    "Whether the last level shall be pure noise; of a chain of one level it cannot be."
+    if zero_snr not in (True, False):
+        raise ValueError(f'zero_snr must be True or False, not {shown(zero_snr)}.')
+    if zero_snr and T < 2: raise ValueError(f'zero_snr needs a chain of two levels or more, not T = {T}.')
+    return bool(zero_snr)
 
 def _warn_of_signal(schedule, last):
     "Warn if a chain ends before the noise is complete: sampling starts from noise without any signal."
@@ -82,6 +90,18 @@ class Staircase(Schedule):
     def steps(self):
         "T."
         return len(self._levels) - 1
+
+    @property
+    def ends_in_noise(self):
+        "Is λ_T = -∞? Then one time in T is spent at pure noise."
+        return self._levels[-1].item() == -math.inf
+
+    def ending_at(self, logsnr):
+        "The same levels but for the last."
+        other = copy.copy(self)
+        other._levels = torch.cat([self._levels[:-1], torch.tensor([logsnr], dtype=torch.float64)])
+        other.logsnr_min = float(logsnr)
+        return other
 
     # the path: λ_i at t in ((i-1)/T, i/T], λ_0 at 0; nan is at no level
     def logsnr(self, t):
@@ -124,7 +144,7 @@ class Staircase(Schedule):
 
     def _cell(self, logsnr):
         "The i with λ_i ≤ λ < λ_{i-1}, 1 to T; a level itself is found in spite of rounding."
-        near = logsnr + 4 * torch.finfo(logsnr.dtype).eps * logsnr.abs().clamp(min=1)
+        near = logsnr + 4 * torch.finfo(logsnr.dtype).eps * logsnr.abs().clamp(1, 1e6)
         above = torch.searchsorted(self._levels.to(logsnr).flip(0), near.detach(), right=True)
         return (self.steps + 1 - above).clamp(1, self.steps)
 
@@ -191,9 +211,16 @@ BETAS = {   # (β_min, β_max, T) -> β_1 ... β_T; those from a curve of ᾱ us
     'sigmoid_beta': lambda low, high, T: low + (high - low) * _even(-6, 6, T).sigmoid(),
     'sigmoid_alpha': lambda low, high, T: _from_curve(lambda t: torch.sigmoid(3 - 6 * t) - _SIGMOID_END, T)}
 
+def _without_signal(betas):
+    "√ᾱ moved down to 0 at T and stretched, so that the first stays; Lin et al. (2024), algorithm 1."
+    root = torch.log1p(-betas).cumsum(0).div(2).exp()
+    alpha_bar = ((root - root[-1]) * root[0] / (root[0] - root[-1]))**2
+    return torch.cat([betas[:1], 1 - alpha_bar[1:] / alpha_bar[:-1]])
+
 class DDPMSchedule(Staircase):
     "DDPM's chain: β_i linear in i, ᾱ_i = Π(1 - β_j); training-objective document, Ho et al. (2020)."
     name = 'ddpm'
+    zero_snr = False   # kept and named only where it is so
 
     def __init__(self,
                  logsnr_min: float = None,  # λ_T follows from T and β; if given, it must be that
@@ -202,12 +229,14 @@ class DDPMSchedule(Staircase):
                  beta_min: float = 1e-4,    # β_1
                  beta_max: float = 0.02,    # β_T
                  beta: str = 'linear',      # how β grows: a name in BETAS
+                 zero_snr: bool = False,    # moved and stretched so that nothing of the data is left at λ_T?
                 ):
         self.T = number('T', T, low=1, high=10**6, integer=True)
         self.beta_min = number('beta_min', beta_min, low=1e-12, high=1 - 1e-9)
         self.beta_max = number('beta_max', beta_max, low=self.beta_min, high=1 - 1e-9)
         self.beta = beta
         lookup(BETAS, beta, 'beta')
+        if _checked_zero_snr(zero_snr, self.T): self.zero_snr = True
         log_alpha_bar = torch.log1p(-self.betas).cumsum(0)
         levels = log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))
         _require_first(logsnr_max, levels[0])
@@ -219,6 +248,7 @@ class DDPMSchedule(Staircase):
     @property
     def betas(self):
         "β_1 to β_T, float64."
-        return BETAS[self.beta](self.beta_min, self.beta_max, self.T)
+        betas = BETAS[self.beta](self.beta_min, self.beta_max, self.T)
+        return _without_signal(betas) if self.zero_snr else betas
 
 SCHEDULES['ddpm'] = DDPMSchedule

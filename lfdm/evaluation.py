@@ -8,6 +8,7 @@ __all__ = ['DISTANCES', 'require_method', 'floor_per_logsnr', 'floor', 'require_
            'noise_floor', 'judge', 'require_samples']
 
 # %% ../nbs/library/90_evaluation.ipynb #95e3d243
+import copy
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -54,8 +55,15 @@ def _floor_at(loss, dataset, logsnr):
     "The smallest loss at a level."
     return loss.weighting.eps_factor(logsnr, loss.schedule, loss.target) * dataset.eps_floor(logsnr)
 
+def _ending_near_noise(loss):
+    "The loss with e^-60 for the SNR of its last level: there an error of ε is a number, at 0 it is 0 · ∞."
+    near = copy.copy(loss)
+    near.schedule = loss.schedule.ending_at(-60.)
+    return near
+
 def _floor_of_levels(loss, dataset):
     "The mean over the T levels of a discrete schedule."
+    if loss.schedule.ends_in_noise: loss = _ending_near_noise(loss)
     s, T = loss.schedule, loss.schedule.steps
     logsnr = s.logsnr(torch.arange(1, T + 1, dtype=torch.float64) / T)
     lowest = _floor_at(loss.judge, dataset, logsnr)

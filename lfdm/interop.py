@@ -51,11 +51,12 @@ def _checked_betas(betas):
     if betas.ndim != 1 or not len(betas):
         raise ValueError(f"betas must be a row of numbers, not of shape {tuple(betas.shape)}.")
     inside = (betas > 0) & (betas < 1)
+    inside[-1] |= len(betas) > 1 and betas[-1] == 1   # the end may be pure noise
     if not inside.all():
         i = (~inside).nonzero()[0].item()
         raise ValueError("betas must lie strictly between 0 and 1, "
                          f"but beta_{i + 1} of {len(betas)} is {betas[i]:.6g}. "
-                         "With 0 nothing happens, and with 1 nothing is left of the data.")
+                         "With 0 nothing happens, and with 1, which only the last may be, nothing is left.")
     return betas
 
 # %% ../nbs/library/45_interop.ipynb #ee58ed9a
@@ -65,11 +66,11 @@ class BetasSchedule(DDPMSchedule):
 
     @typed
     def __init__(self,
-                 betas: Numeric,            # β_1 to β_T, numbers in (0, 1)
+                 betas: Numeric,            # β_1 to β_T, numbers in (0, 1); the last may be 1, pure noise
                  logsnr_max: float = 12.9,  # λ_0, where sampling ends; inf: the data themselves
                 ):                          # raises TypeError or ValueError
         self._betas = _checked_betas(betas)
-        low, high = self._betas.min().item(), self._betas.max().item()
+        low, high = self._betas.min().item(), min(self._betas.max().item(), 1 - 1e-9)
         super().__init__(None, logsnr_max, len(self._betas), low, high)
         self.beta = 'given'
 
@@ -96,15 +97,12 @@ def _require_chain(scheduler):
                          f"but num_train_timesteps={T}.")
 
 # %% ../nbs/library/45_interop.ipynb #de310d4e
-def _require_signal(scheduler):
-    "Raise ValueError if its last level is pure noise."
-    alpha_bar = scheduler.alphas_cumprod
-    if scheduler.config.get('rescale_betas_zero_snr') or (alpha_bar <= 0).any():
-        rest = " For all levels but that: BetasSchedule(scheduler.betas[:-1])."
-        raise ValueError(f"the last level of this {type(scheduler).__name__} has no signal "
-                         f"(zero terminal SNR): one step in {len(alpha_bar)} lies at logsnr -inf, "
-                         "which a schedule cannot express."
-                         + rest * bool(scheduler.betas[-1] == 1))
+def _require_one_end(scheduler):
+    "Raise ValueError if β end in pure noise and ᾱ before it, as of a solver that would divide by 0."
+    if not scheduler.config.get('rescale_betas_zero_snr') or scheduler.alphas_cumprod[-1] <= 0: return
+    raise ValueError(f"this {type(scheduler).__name__} trains down to pure noise (zero terminal SNR) and "
+                     f"samples from alphas_cumprod {scheduler.alphas_cumprod[-1]:.2g}: two schedules. "
+                     "The training's is BetasSchedule(scheduler.betas).")
 
 # %% ../nbs/library/45_interop.ipynb #dd011b32
 def _shift_of(scheduler, tokens):
@@ -153,7 +151,7 @@ def from_diffusers(scheduler,  # a chain of noise levels, or FlowMatchEulerDiscr
     if tokens is not None: raise ValueError('tokens are for a flow: a chain of noise levels has no shift.')
     _require_chain(scheduler)
     target = lookup(PREDICTIONS, scheduler.config.get('prediction_type'), 'prediction_type')
-    _require_signal(scheduler)
+    _require_one_end(scheduler)
     return _chain(scheduler, logsnr_max), TARGETS[target]()
 
 # %% ../nbs/library/45_interop.ipynb #0ee8f7fe
@@ -266,7 +264,9 @@ def _require_kept(scheduler, prediction):
     name, said = type(scheduler).__name__, scheduler.config.get('prediction_type')
     _require_chain(scheduler)
     _require_meaning(scheduler)
-    if scheduler.config.get('rescale_betas_zero_snr'): _require_signal(scheduler)
+    if scheduler.config.get('rescale_betas_zero_snr'):
+        raise ValueError(f"rescale_betas_zero_snr makes another schedule of it (zero terminal SNR): "
+                         f"make the {name} yourself, from_diffusers reads it.")
     if said != prediction:
         raise ValueError(f"kind {name} has no prediction_type={prediction!r}: its own is {said!r}.")
     if not _is_product(scheduler):

@@ -6,6 +6,7 @@
 __all__ = ['predict', 'draw', 'require_batch', 'require_prediction', 'require_shape', 'DiffusionLoss']
 
 # %% ../nbs/library/40_losses.ipynb #30ffd3bc
+import copy
 import re
 from collections.abc import Callable
 
@@ -141,6 +142,7 @@ def _require_fixed_weight(loss):
 
 def _require_usable_range(loss):
     "Check that the loss is finite in float32 over the range of λ, and its factor not 0 everywhere."
+    if loss.schedule.ends_in_noise: loss = _require_finite_at_noise(loss)
     low, high = loss.schedule.logsnr_min, loss.schedule.logsnr_max
     if not high - low < float('inf'): return
     logsnr = torch.linspace(low, high, 201)
@@ -155,6 +157,14 @@ def _require_usable_range(loss):
     except ZeroDivisionError: y = one / level.sigma[:, None]
     _require_finite(loss, 'target', y.abs().amax(1), logsnr)
     _require_finite(loss, 'value', factor * y.square().mean(1), logsnr)
+
+def _require_finite_at_noise(loss):
+    "Check the factor at pure noise; return the loss over the other levels."
+    noise = torch.tensor([-float('inf')])
+    _require_finite(loss, 'factor', loss.weighting.factor(noise, loss.schedule, loss.target), noise)
+    rest = copy.copy(loss)
+    rest.schedule = loss.schedule.ending_at(loss.schedule.before(noise).item() - 1e-3)
+    return rest
 
 def _require_finite(loss, what, value, logsnr):
     "Raise ValueError, with the first level, unless something of a loss is finite at all levels."

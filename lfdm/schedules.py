@@ -166,6 +166,7 @@ class Schedule(Choice):
     steps = None      # T, if there are only T levels
     learned = False   # does it follow the loss?
     in_float64 = _lost = False   # is λ(t) found in float64? is it so since float32 would lose levels?
+    ends_in_noise = False        # is a share of its times spent at λ = -∞?
     scales = staticmethod(preserving)
 
     def __init__(self,

@@ -281,6 +281,7 @@ def edm_step(denoiser: Denoiser, z: Numeric, s: Level, t: Level, noise: Numeric,
     "Raise the noise, then Heun's step of dy/dσ̃ = ε̂ for y = z/α; EDM's algorithm 2."
     require_noise(noise, z)
     _require_churn(steps, churn, inflate)
+    _require_signal(t)
     y, n_t, n_s = z / t.alpha, t.sigma / t.alpha, s.sigma / s.alpha
     gamma = min(churn / steps, 2**0.5 - 1) if churn and low <= n_t <= high else 0
     n = n_t * (1 + gamma)
@@ -293,6 +294,11 @@ def edm_step(denoiser: Denoiser, z: Numeric, s: Level, t: Level, noise: Numeric,
     start = eps_at(y, n)
     end = eps_at(y + (n_s - n) * start, n_s)
     return s.alpha * (y + (n_s - n) / 2 * (start + end))
+
+def _require_signal(level):   # raises ZeroDivisionError
+    "Check that there is something of the data at a level."
+    if is_symbolic(level.alpha) or not (torch.as_tensor(level.alpha) == 0).any(): return
+    raise ZeroDivisionError('EDM steps in z/alpha, and alpha = 0 at the noisiest level.')
 
 def _require_churn(steps, churn, inflate):   # raises ValueError
     "Check the options of EDM's step."

@@ -40,7 +40,16 @@ class Weighting(Choice):
     def factor(self, logsnr: Numeric, schedule: Schedule, target: Target):
         "The factor on the target's own squared error at a sampled time: eps_factor · r_y."
         ratio = target.eps_ratio(*schedule.scales(logsnr))
-        return self.eps_factor(logsnr, schedule, target) * ratio
+        factor = self.eps_factor(logsnr, schedule, target) * ratio
+        if not schedule.ends_in_noise: return factor
+        return factor.where(logsnr != -math.inf, self.at_pure_noise(schedule, target))
+
+    def at_pure_noise(self, schedule, target):
+        "The factor's limit as the last level's SNR goes to 0; inf if it grows without bound."
+        at = lambda logsnr: self.factor(logsnr, schedule.ending_at(logsnr.item()), target).item()
+        near, nearer = map(at, torch.tensor([-60., -80.], dtype=torch.float64))
+        if math.isclose(near, nearer, rel_tol=1e-6): return nearer
+        return 0. if nearer < near else math.inf
 
     def __init_subclass__(cls):
         "Check what is given to the formulas of a subclass."

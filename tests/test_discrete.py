@@ -8,8 +8,18 @@ import sympy
 import torch
 
 from lfdm.adaptive import AdaptiveSchedule
+from lfdm.core import from_spec, seeded
+from lfdm.data import DATASETS
 from lfdm.discrete import DDPMSchedule, DiscreteSchedule, Staircase
-from lfdm.schedules import CONTINUOUS, sde
+from lfdm.evaluation import floor
+from lfdm.likelihood import nelbo
+from lfdm.losses import DiffusionLoss
+from lfdm.sampling import sample
+from lfdm.schedules import CONTINUOUS, SCHEDULES, sde
+from lfdm.steps import SAMPLERS, exact_denoiser, network_denoiser
+from lfdm.targets import TARGETS
+from lfdm.weightings import WEIGHTINGS
+from trained import new_state, trained
 
 f32, f64 = torch.float32, torch.float64
 close = torch.testing.assert_close
@@ -95,3 +105,56 @@ def test_a_staircase_falls_and_has_no_process_and_no_formula():
     for s in (Staircase([2, 1.5]), AdaptiveSchedule()):
         with pytest.raises(TypeError, match="no formula"): s.logsnr(sympy.Symbol("t"))
     with pytest.raises(ValueError, match="jumps from level to level"): sde(DDPMSchedule(), 0.5)
+
+
+# ---- a last level without signal
+
+NOISE = "ddpm(T=12, zero_snr=True)", "discrete(logsnr_min=-inf, T=9)", "discrete(-inf, 5, rectified_flow, 7)"
+
+
+@pytest.mark.parametrize("name", NOISE)
+@pytest.mark.parametrize("weighting", [w for w in WEIGHTINGS if w != "uncertainty"])
+def test_a_loss_at_pure_noise_is_the_limit_of_the_losses_before_it_or_refused(name, weighting):
+    "and so is its floor; refused only where the limit is infinite"
+    schedule = from_spec(SCHEDULES, name, "schedule")
+    x, eps, y_hat = torch.randn(3, 4, 2, generator=seeded(0), dtype=torch.float64)
+    cluster = DATASETS["cluster"]()
+    for target in TARGETS:
+        near = [DiffusionLoss(schedule.ending_at(k), target, weighting) for k in (-40., -50.)]
+        values = [loss.values(lambda z, u: y_hat, x, torch.ones(4), eps) for loss in near]
+        try: loss = DiffusionLoss(schedule, target, weighting)
+        except ValueError as e:
+            assert "at logsnr -inf" in str(e) and (values[1] > 1.5 * values[0]).all(), target
+            continue
+        value = loss(lambda z, u: y_hat, x, t=1., eps=eps)
+        assert torch.allclose(value, values[1], rtol=1e-6, atol=1e-8), target
+        assert floor(loss, cluster) == pytest.approx(floor(near[1], cluster), rel=1e-6)
+        assert loss(lambda z, u: y_hat, x, generator=seeded(1)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", NOISE)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_from_pure_noise_every_sampler_goes_on_or_says_why_not(name, sampler):
+    exact = exact_denoiser(DATASETS["cluster"]())
+    for denoiser, known in ((exact, True), (network_denoiser(lambda z, u: 0 * z, "eps"), False)):
+        try: z = sample(denoiser, 50, steps=6, schedule=name, sampler=sampler)
+        except ValueError as e: assert "logsnr_min must be finite for this sampler" in str(e)
+        else: assert known and z.isfinite().all() and z.abs().mean() < 3
+
+
+def test_a_network_learns_on_a_chain_that_ends_in_noise():
+    loss = DiffusionLoss("discrete(logsnr_min=-inf, T=10)", "x", "weighted")
+    state = new_state(lr=1e-2)
+    trained(state, 30, 20, loss=loss)
+    values = [h["train_loss"] for h in state.history if "train_loss" in h]
+    assert sum(values[-5:]) < 0.9 * sum(values[:5]) and all(map(math.isfinite, values))
+
+
+def test_refusals_of_a_chain_without_signal():
+    for bad, says in (("ddpm(T=1, zero_snr=True)", "two levels or more"),
+                      ("ddpm(zero_snr=2)", "True or False"),
+                      ("ddpm(-5, zero_snr=True)", "cannot end at logsnr_min"),
+                      ("ddpm(-inf)", "cannot end at logsnr_min")):
+        with pytest.raises(ValueError, match=says): from_spec(SCHEDULES, bad, "schedule")
+    with pytest.raises(ValueError, match="finite range"):
+        nelbo(lambda z, level: (z, z), torch.ones(3, 2), "ddpm(T=5, zero_snr=True)")

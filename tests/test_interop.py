@@ -202,16 +202,20 @@ def test_networks_that_answer_otherwise(answer, message):
 
 # --- what has no counterpart
 
-@pytest.mark.parametrize("kind", ["DDPMScheduler", "EulerDiscreteScheduler", "CogVideoXDDIMScheduler"])
-def test_zero_terminal_snr_is_refused_and_the_advice_works(kind):
+@pytest.mark.parametrize("kind", ["DDPMScheduler", "DDIMScheduler", "CogVideoXDDIMScheduler"])
+def test_zero_terminal_snr_is_read_with_its_last_level(kind):
     scheduler = getattr(diffusers, kind)(rescale_betas_zero_snr=True)
-    with pytest.raises(ValueError, match=r"no signal \(zero terminal SNR\)") as e: from_diffusers(scheduler)
-    advised = "BetasSchedule(scheduler.betas[:-1])" in str(e.value)
-    assert advised == (kind != "CogVideoXDDIMScheduler")   # whose β are not its levels
-    if not advised: return
-    rest = BetasSchedule(scheduler.betas[:-1])
-    close(rest.alpha(times(999)).float()[:900]**2, scheduler.alphas_cumprod[:900], rtol=1e-4, atol=0)
-    with pytest.raises(ValueError, match="beta_1000 of 1000 is 1"): BetasSchedule(scheduler.betas)
+    schedule, _ = from_diffusers(scheduler)
+    assert schedule.ends_in_noise and schedule.alpha(times(1000))[-1] == 0
+    close(schedule.alpha(times(1000))[:900]**2, scheduler.alphas_cumprod[:900].double(), rtol=1e-4, atol=0)
+
+
+def test_a_chain_that_ends_in_two_ways_is_refused_and_the_advice_works():
+    scheduler = EULER(rescale_betas_zero_snr=True)
+    with pytest.raises(ValueError, match=r"two schedules.*BetasSchedule\(scheduler.betas\)"):
+        from_diffusers(scheduler)
+    assert BetasSchedule(scheduler.betas).ends_in_noise
+    with pytest.raises(ValueError, match="but beta_2 of 3 is 1"): BetasSchedule([0.1, 1., 0.2])
 
 
 @pytest.mark.parametrize("scheduler, message", [
