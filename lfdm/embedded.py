@@ -42,6 +42,12 @@ def _checked_scale(scale, dim, own):
     if isinstance(scale, str): raise ValueError(f"scale must be a number or 'unit', not {scale!r:.70}.")
     return number('scale', scale, low=1e-50, high=1e50)
 
+def _require_noise(data, sigma):
+    "Raise NoDensity where σ = 0."
+    if (sigma > 0).all(): return
+    raise NoDensity(f"data set {data!r} lies in a plane of {data.dim} dimensions: it has a density "
+                    "and a score for sigma > 0 only.")
+
 def _checked_dim(dim, of):
     "The dimension of the embedding, if the set fits into it."
     try: return number('dim', dim, of.dim, 2**24, integer=True)
@@ -103,20 +109,13 @@ class Embedded(Dataset):
 
     def _rest(self, z, plane): return z.double() - plane @ self.frame.T.to(z.device)
 
-    def draw(self,
-             n: int,                      # how many points
-             generator: torch.Generator,  # the only source of randomness
-            ) -> torch.Tensor:            # shape (n, D), float64
+    @typed
+    def draw(self, n: int, generator: torch.Generator):
         "Points of the set inside, turned."
         return self.embed(self.of.draw(n, generator))
 
     @typed
-    def sample(self,
-               n: int,                # how many points, from 0
-               seed: int = 0,         # same seed, same points: those of the set inside
-               split: str = 'train',  # 'train' or 'test'
-               dtype=torch.float32,   # computed in float64, returned in this
-              ) -> torch.Tensor:      # x, shape (n, D); raises ValueError or TypeError
+    def sample(self, n: int, seed: int = 0, split: str = 'train', dtype=torch.float32):
         "Points of the data set: those of the set inside with this seed, turned."
         dtype = checked_dtype(dtype)
         return self.embed(self.of.sample(n, seed, split, torch.float64)).to(dtype)
@@ -144,7 +143,7 @@ class Embedded(Dataset):
         w, (alpha, sigma) = self._plane(z), self._scales(z, alpha, sigma)
         inside = self.of.score(w, alpha, sigma) @ self.frame.T.to(z.device)
         if not self.off: return inside.to(z.dtype)
-        self._require_noise(sigma)
+        _require_noise(self, sigma)
         return (inside - self._rest(z, w) / sigma**2).to(z.dtype)
 
     @typed
@@ -156,7 +155,7 @@ class Embedded(Dataset):
         w, (alpha, sigma) = self._plane(z), self._scales(z, alpha, sigma)
         inside = self.of.log_prob_at(w, alpha, sigma)
         if not self.off: return inside.to(z.dtype)
-        self._require_noise(sigma)
+        _require_noise(self, sigma)
         sigma = sigma.flatten()
         square = (self._rest(z, w).norm(dim=1) / sigma)**2
         return (inside - (square + self.off * (2 * math.pi * sigma**2).log()) / 2).to(z.dtype)
@@ -168,22 +167,12 @@ class Embedded(Dataset):
         return self.log_prob_at(x, 1., 0.)
 
     @typed
-    def entropy(self,
-                alpha: float = 1.,  # signal scale
-                sigma: float = 0.,  # noise scale; above 0 unless D = d
-                fine: float = 4.,   # grid points per standard deviation, as of the set inside
-               ) -> float:          # in nats
+    def entropy(self, alpha: float = 1., sigma: float = 0., fine: float = 4.):
         "h(z): that of the set inside, and a Gaussian's for the dimensions off the plane."
         alpha, sigma, fine = checked_level(alpha, sigma, fine)
-        if self.off: self._require_noise(torch.tensor(sigma))
+        if self.off: _require_noise(self, torch.tensor(sigma))
         off = self.off / 2 * math.log(2 * math.pi * math.e * sigma**2) if self.off else 0.
         return self.of.entropy(self.scale * alpha, sigma, fine) + off
-
-    def _require_noise(self, sigma):
-        "Raise NoDensity where σ = 0."
-        if (sigma > 0).all(): return
-        raise NoDensity(f"data set {self!r} lies in a plane of {self.dim} dimensions: it has a density "
-                        "and a score for sigma > 0 only.")
 
     @property
     def share(self):
@@ -191,19 +180,13 @@ class Embedded(Dataset):
         return self.of.dim / self.dim
 
     @typed
-    def posterior_variance(self,
-                           z: torch.Tensor,   # noisy data, shape (n, D)
-                           alpha: Numeric, sigma: Numeric,  # scales, as above
-                          ) -> torch.Tensor:  # shape (n,)
+    def posterior_variance(self, z: torch.Tensor, alpha: Numeric, sigma: Numeric):
         "The mean over all D dimensions of Var[x_d given z]."
         inside = self.of.posterior_variance(self._plane(z), *self._scales(z, alpha, sigma))
         return (self.share * self.scale**2 * inside).to(z.dtype)
 
     @typed
-    def eps_error(self,
-                  alpha: float, sigma: float,  # the scales; the result depends on their ratio only
-                  fine: float = 4.,            # grid points, as above
-                 ) -> float:                   # mean over all D dimensions
+    def eps_error(self, alpha: float, sigma: float, fine: float = 4.):
         "The floor of the eps-error at one noise level: d/D of that of the set inside, moved by the scale."
         return self.share * self.of.eps_error(self.scale * number('alpha', alpha, 0), sigma, fine)
 
