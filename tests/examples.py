@@ -155,7 +155,9 @@ def examples(folder):
         transition=a_step, posterior=a_step, sde=dict(schedule=cosine), dlog_alpha=dict(schedule=cosine),
         Staircase=dict(levels=torch.tensor([3., 0., -3.])), DDPMSchedule=dict(T=1000, logsnr_min=None),
         eps_slope=dict(logsnr=.5), exact_slope=dict(logsnr=.5), elbos=dict(logsnr=torch.linspace(-5, 5, 21)),
-        midpoints=dict(k=8), projected_divergence=dict(u=randn(3, 2)), Explicit=dict(exact=cluster.score),
+        midpoints=dict(k=8), random_frame=dict(dim=6, columns=2), as_dataset=dict(dataset="swiss"),
+        Embedded=dict(of="swiss", dim=2),
+        projected_divergence=dict(u=randn(3, 2)), Explicit=dict(exact=cluster.score),
         ScoreMatchingLoss=dict(levels=[-3., 3.]), P2=dict(k=1.), Sigmoid=dict(k=2.), floor=dict(points=201),
         Monotonic=dict(weighting="sech"),
         # steps, sampling, likelihood
