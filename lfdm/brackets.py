@@ -6,7 +6,6 @@
 __all__ = ['LARGEST', 'FITTED', 'Values', 'Errors', 'Bracket', 'overlap', 'bracket']
 
 # %% ../nbs/library/91_brackets.ipynb #brac0004
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -57,10 +56,18 @@ class _Basis:
 
 # %% ../nbs/library/91_brackets.ipynb #brac0009
 def _linear_errors(basis, y, eps, logsnr):
-    "The noise error of the linear denoiser on points in the basis' coordinates, (m, L); @eq-linear over r²."
+    "The noise error of the linear denoiser on points in the basis' coordinates, (m, L)."
+    found = []
+    for r2 in (-logsnr).exp().tolist():
+        keeps = basis.variances / (basis.variances + r2)
+        found.append((keeps * eps - (1 - keeps) * y / r2**0.5).square().mean(1))
+    return torch.stack(found, 1).cpu()
+
+def _expected_linear_errors(basis, y, logsnr):
+    "Its mean over the noise, (m, L); @eq-linear over r²."
     r2 = (-logsnr).exp()[:, None].to(y)
     keeps = basis.variances / (basis.variances + r2)              # (L, D)
-    return (y.square() @ ((1 - keeps)**2 / r2).T + keeps.square().sum(1)) / y.shape[1]
+    return ((y.square() @ ((1 - keeps)**2 / r2).T + keeps.square().sum(1)) / y.shape[1]).cpu()
 
 # %% ../nbs/library/91_brackets.ipynb #brac0011
 class _Mixture:
@@ -95,11 +102,10 @@ class _Mixture:
             rho, keeps = self._logits(u, r2).softmax(1), self.variances / (self.variances + r2)
             gap = rho @ ((1 - keeps) * self.means) + u * (rho @ keeps) - y
             found.append((gap / r2**0.5).square().mean(1))
-        return torch.stack(found, 1)
+        return torch.stack(found, 1).cpu()
 
-def _candidates(data, components, seed):
+def _candidates(data, basis, components, seed):
     "name -> errors(x, eps, logsnr) of the denoisers that a stored set gives."
-    basis = _Basis(data.points)
     mixture = _Mixture(data.points, basis, components, seed)
     def within(errors): return lambda x, eps, logsnr: errors(
         basis.coordinates(x.flatten(1).double()), basis.turned(eps.flatten(1).double()), logsnr)
@@ -139,15 +145,27 @@ class Values:
     total: float
     total_se: float
 
-def _values(strata, at, total, of_set=math.inf):
-    "Values of noise errors: [(share, (m, L))]; each row a draw, of a set of so many points."
-    value, variance = 0., 0.
+def _in_units(errors, units): return torch.cat([errors * units[0], (errors @ units[1])[:, None]], 1)
+
+def _as_values(mean, variance):
+    se = variance.clamp(min=0).sqrt()
+    return Values(mean[:-1], se[:-1], mean[-1].item(), se[-1].item())
+
+def _values_of_set(strata, units, n):
+    "Values of a stored set's floor, of n points: [(share, (m, L) noise errors)], each row a draw."
+    mean, variance = 0., 0.
     for share, errors in strata:
-        q = torch.cat([errors * at, (errors @ total)[:, None]], 1)
-        value = value + share * q.mean(0)
-        variance = variance + share**2 * q.var(0) * (1 / len(q) + 4 / (share * of_set))
-    se = variance.sqrt()
-    return Values(value[:-1], se[:-1], value[-1].item(), se[-1].item())
+        q = _in_units(errors, units)
+        mean = mean + share * q.mean(0)
+        variance = variance + share**2 * q.var(0) * (1 / len(q) + 4 / (share * n))
+    return _as_values(mean, variance)
+
+def _values_held_out(errors, linear, expected, units):
+    "Values on held-out points: the m drawn compare with the linear denoiser, whose own error all n give."
+    gap, known = _in_units(errors - linear, units), _in_units(expected, units)
+    m, n = len(gap), len(known)
+    both = ((gap - gap.mean(0)) * (known[:m] - known[:m].mean(0))).sum(0) / (m - 1)
+    return _as_values(gap.mean(0) + known.mean(0), gap.var(0) / m + known.var(0) / n + 2 * both / n)
 
 # %% ../nbs/library/91_brackets.ipynb #brac0017
 @dataclass
@@ -156,6 +174,8 @@ class Errors:
     below: list              # [(share, (m, L))], for each class: the stored set's floor on its own points
     above: torch.Tensor      # (m, L), of the best of the simple denoisers on held-out points
     memorized: torch.Tensor  # (m, L), of the stored set's exact denoiser on the same points
+    linear: torch.Tensor     # (m, L), of the linear denoiser on the same points
+    expected: torch.Tensor   # (n, L), the same over the noise, on all held-out points, these first
     above_by: list           # which simple denoiser is best at each λ
     points: torch.Tensor     # the held-out points judged, (m, ...)
     eps: torch.Tensor        # their noise
@@ -168,7 +188,7 @@ class Bracket:
     errors: Errors = field(repr=False)
     dims: int                # D
     stored: int              # points, after transform and copies
-    held_out: int            # points, of which those judged are a part
+    held_out: int            # points
     dropped: int = 0         # points left out of a split because they are stored as well
     reduction: str = 'mean'  # over dimensions, or 'sum'
     half: bool = False       # is there a ½?
@@ -189,17 +209,23 @@ class Bracket:
     @cached_property
     def below(self):
         "Values of the stored set's floor: on average over sets at most the population's."
-        return _values(self.errors.below, *self.units, of_set=self.stored)
+        return _values_of_set(self.errors.below, self.units, self.stored)
+
+    def held_out_values(self,
+                        errors: torch.Tensor,  # noise errors on the held-out points judged, (m, L)
+                       ) -> Values:
+        "Noise errors on the held-out points in the bracket's units."
+        return _values_held_out(errors, self.errors.linear, self.errors.expected, self.units)
 
     @cached_property
     def above(self):
         "Values of the best of the simple denoisers on held-out points: at least the population's floor."
-        return _values([(1., self.errors.above)], *self.units)
+        return self.held_out_values(self.errors.above)
 
     @cached_property
     def memorized(self):
         "Values of the stored set's exact denoiser on the same held-out points."
-        return _values([(1., self.errors.memorized)], *self.units)
+        return self.held_out_values(self.errors.memorized)
 
     @typed
     def under(self,
@@ -222,7 +248,8 @@ class Bracket:
         for l, at in zip(self.logsnr, found.T):
             parts = zip(self.errors.points.split(chunk), self.errors.eps.split(chunk))
             at.copy_(torch.cat([_network_errors(self.loss, net, x, eps, l) for x, eps in parts]))
-        return tuple(_values([(1., q)], *self.units) for q in (found, found - self.errors.memorized))
+        less = _in_units(found - self.errors.memorized, self.units)
+        return self.held_out_values(found), _as_values(less.mean(0), less.var(0) / len(less))
 
     def plot(self,
              net: Callable = None,  # a network to show as well
@@ -231,8 +258,7 @@ class Bracket:
         "The loss per λ: the bracket in grey, the memorized loss, and a network's."
         from matplotlib import pyplot
         ax = pyplot.subplots(figsize=(6, 3.2))[1] if ax is None else ax
-        low = self.above.value.max().item() * 1e-5
-        ax.fill_between(self.logsnr, self.below.value.clamp(min=low), self.above.value, color='0.85')
+        ax.fill_between(self.logsnr, self.below.value, self.above.value, color='0.88', lw=0)
         ax.plot(self.logsnr, self.below.value, color='0.2', label='below: lowest on the stored set')
         ax.plot(self.logsnr, self.above.value, color='0.5', label='above: simple denoisers, held out')
         ax.plot(self.logsnr, self.memorized.value, ':', color='C3', label='memorized, held out')
@@ -241,8 +267,11 @@ class Bracket:
             ax.plot(self.logsnr, value.value, color='C0', label='network, held out')
             good = less.value + 2 * less.se < 0
             ax.plot(self.logsnr[good], value.value[good], '.', color='C0', label='it generalizes')
-        top = self.memorized.value.max().item()
-        ax.set(yscale='log', ylim=(low, 2 * top), xlabel='λ (log-SNR)', ylabel='loss at λ')
+        top, bottom = self.above.value.max().item(), self.above.value.min().item()
+        wide = bottom < top / 30
+        limits = (bottom / 3, 3 * top) if wide else (0, 1.3 * top)
+        ax.set(xlabel='λ (log-SNR)', ylabel='loss at λ', ylim=limits)
+        if wide: ax.set_yscale('log')
         ax.legend(fontsize=7)
         return ax
 
@@ -377,18 +406,28 @@ def _by_class(sets):
         parts.append((c, n / sets.x.n, part))
     return parts
 
-def _held_out_errors(sets, classes, chosen, points, eps, logsnr, components, seed):
-    "name -> (m, L) noise errors of each simple denoiser on the held-out points."
-    errors = {name: of(points, eps, logsnr) for name, of in _candidates(sets.x, components, seed).items()}
-    if sets.labels is None: return errors
-    mine = sets.held_out_labels[chosen]
+def _expected_on(sets, basis, order, logsnr):
+    "The linear denoiser's error over the noise on held-out points, (k, L)."
+    points, device, found = sets.held_out.points, sets.x.points.device, []
+    for part in points.blocks(len(order)):
+        y = basis.coordinates(points.floats(order[part], device).flatten(1).double())
+        found.append(_expected_linear_errors(basis, y, logsnr))
+    return torch.cat(found) if found else torch.empty(0, len(logsnr), dtype=torch.float64)
+
+def _held_out_errors(sets, classes, order, points, eps, logsnr, components, seed):
+    "(name -> (m, L) noise errors of the simple denoisers on the points judged, the linear one's on all)."
+    basis, m = _Basis(sets.x.points), len(points)
+    errors = {name: of(points, eps, logsnr)
+              for name, of in _candidates(sets.x, basis, components, seed).items()}
+    if sets.labels is None: return errors, _expected_on(sets, basis, order, logsnr)
+    expected, mine = torch.empty(len(order), len(logsnr), dtype=torch.float64), sets.held_out_labels[order]
     for c, _, part in classes:
-        here = mine == c
-        if not here.any(): continue
-        for name, of in _candidates(part, components, seed).items():
+        here, basis = mine == c, _Basis(part.points)
+        expected[here] = _expected_on(sets, basis, order[here], logsnr)
+        for name, of in _candidates(part, basis, components, seed).items() if here[:m].any() else ():
             own = errors.setdefault(f'{name} of the class', torch.empty_like(errors['linear']))
-            own[here] = of(points[here], eps[here], logsnr)
-    return errors
+            own[here[:m]] = of(points[here[:m]], eps[here[:m]], logsnr)
+    return errors, expected
 
 @typed
 def bracket(loss: DiffusionLoss,        # your loss, of squared errors
@@ -421,11 +460,12 @@ def bracket(loss: DiffusionLoss,        # your loss, of squared errors
 
     below = [(share, part.eps_errors(logsnr)) for _, share, part in classes]
     g = seeded(seed)
-    chosen = torch.randperm(sets.held_out.n, generator=g)[:draws]
-    points = sets.held_out.points.floats(chosen).float()
+    order = torch.randperm(sets.held_out.n, generator=g)
+    points = sets.held_out.points.floats(order[:draws]).float()
     eps = torch.randn(points.shape, generator=g).to(points.device)
-    errors = _held_out_errors(sets, classes, chosen, points, eps, logsnr, components, seed)
+    errors, expected = _held_out_errors(sets, classes, order, points, eps, logsnr, components, seed)
     above, above_by = _best_of(errors)
-    memorized = errors['stored' if sets.labels is None else 'stored of the class']
-    found = Errors(below, above, memorized, above_by, points, eps)
+    of_class = '' if sets.labels is None else ' of the class'
+    memorized, linear = errors[f'stored{of_class}'], errors[f'linear{of_class}']
+    found = Errors(below, above, memorized, linear, expected, above_by, points, eps)
     return Bracket(loss, logsnr, found, sets.x.dim, sets.x.n, sets.held_out.n, sets.dropped, reduction, half)
