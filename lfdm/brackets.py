@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from .core import checked_seed, number, seeded, shown, typed, unknown
+from .data import checked_logsnr
 from .empirical import Empirical
 from .evaluation import floor
 from .images.data import ImageSet, scaled
@@ -294,12 +295,18 @@ def _keys(points):
         x = points.floats(part).flatten(1).float().cpu() + 0.   # -0 becomes 0
         yield from (hash(row.tobytes()) for row in x.numpy())
 
+def _as_set(name, x, convert=None):
+    "A stored set, or what becomes one; raises TypeError or ValueError with the argument's name."
+    if isinstance(x, Empirical): return x
+    try: return Empirical(x, convert)
+    except (TypeError, ValueError) as e: raise type(e)(f'{name}: {e}' if name != 'x' else f'{e}') from e
+
 @typed
 def overlap(x,         # stored points, as for Empirical
             held_out,  # other points
            ) -> torch.Tensor:  # (m,), bool
     "Which of the held-out points are stored as well?"
-    x, held_out = (q if isinstance(q, Empirical) else Empirical(q) for q in (x, held_out))
+    x, held_out = _as_set('x', x), _as_set('held_out', held_out)
     known = set(_keys(x.points))
     return torch.tensor([key in known for key in _keys(held_out.points)])
 
@@ -313,8 +320,9 @@ def _require_apart(x, held_out):
 
 def _checked_labels(name, labels, n):
     "One class for each point."
-    labels = torch.as_tensor(labels)
-    if labels.shape == (n,) and not labels.is_floating_point(): return labels.cpu()
+    try: found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError): found = torch.zeros(())
+    if found.shape == (n,) and found.dtype in (torch.uint8, torch.int32, torch.int64): return found.cpu()
     raise ValueError(f'{name} must be whole numbers, one for each of {n} points, not {shown(labels)}.')
 
 def _part(x, index):
@@ -355,11 +363,10 @@ def _sets(x, held_out, labels, held_out_labels, seed):
     "What is stored and what is held out, checked."
     if isinstance(x, ImageSet): sets = _of_images(x, labels)
     else:
-        x = x if isinstance(x, Empirical) else Empirical(x)
+        x = _as_set('x', x)
         labels = None if labels is None else _checked_labels('labels', labels, x.n)
         if held_out is None: return _split(x, labels, seed)
-        held_out = held_out if isinstance(held_out, Empirical) else Empirical(held_out, x.points.convert)
-        sets = _Sets(x, held_out)
+        sets = _Sets(x, _as_set('held_out', held_out, x.points.convert))
         if (labels is None) != (held_out_labels is None):
             raise ValueError('labels and held_out_labels go together: give both or none.')
         if labels is not None:
@@ -388,7 +395,7 @@ def _checked_grid(loss, logsnr):
     if logsnr is None:
         low, high = max(loss.schedule.logsnr_min, -20.), min(loss.schedule.logsnr_max, 20.)
         return torch.linspace(low, high, 49, dtype=torch.float64)
-    logsnr = torch.as_tensor(logsnr, dtype=torch.float64)
+    logsnr = checked_logsnr(logsnr).double().cpu()
     line = logsnr.ndim == 1 and len(logsnr) > 2
     if line and logsnr.isfinite().all() and (logsnr.diff() > 0).all(): return logsnr
     raise ValueError(f'logsnr must be three or more finite values that rise, not {shown(logsnr)}.')
