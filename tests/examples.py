@@ -46,6 +46,9 @@ LEFT = {
                      for does in ("rho", "slope", "scale")], "a formula, called by its owner"),
     **dict.fromkeys([f"{kind}Variance.log_ratio" for kind in
                      ("Posterior", "Step", "Interpolated", "Optimal", "Reverse")], "called by a step"),
+    **dict.fromkeys([f"Stored.{does}" for does in ("floats", "centred", "blocks", "dots", "some")],
+                    "called by its owner"),
+    **dict.fromkeys(["Bracket", "Values", "Errors"], "made by bracket"),
     **dict.fromkeys(["Row", "Row.with_numbers", "Row.curve", "Row.loss"], "from a file, checked there"),
     **dict.fromkeys(["inception", "inception_file", "fid", "CIFAR10", "advice"], "needs files not here")}
 
@@ -184,6 +187,10 @@ def examples(folder):
         learned_score=dict(logsnr=.5), sample_quality=dict(levels=("cosine", -9., 9.)),
         paired_ratio=dict(a=[1., 2.], b=[2., 3.], level=.9), holm=dict(p_values=[.1, .2]),
         error_floor=dict(n=10), contrastive_floor=dict(loss=ContrastiveLoss()),
+        Stored=dict(convert=None), overlap=dict(held_out=randn(5, 2)),
+        Empirical=dict(x=randn(30, 2), convert=None, draws=4),
+        bracket=dict(x=randn(40, 2), held_out=randn(8, 2), labels=None, held_out_labels=None, transform=None,
+                     logsnr=torch.tensor([-3., 0., 3.]), draws=4, components=2, copies=1, reduction="mean"),
         own_w=dict(own=dict(a='1 - u', b='u', y='e - x', weight='1')), which_loss=dict(code='diffusers'),
         verdict=dict(low=.9, high=1.2, p=.5, margin=1.1), next_rates=dict(means={1e-3: 1.}),
         outcomes=dict(parameters=[p]),
