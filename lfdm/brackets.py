@@ -25,6 +25,7 @@ from .schedules import Level
 LARGEST = 4096   # dimensions of a full covariance
 FITTED = 2**25   # numbers of the stored set that a mixture is fitted to
 
+# %% ../nbs/library/91_brackets.ipynb #brac0040
 def _covariance(points):
     "The covariance of stored points, (D, D); above LARGEST dimensions its diagonal, (D,)."
     full = points.dim <= LARGEST
@@ -35,6 +36,7 @@ def _covariance(points):
         else: total += x.square().sum(0)
     return total / points.n
 
+# %% ../nbs/library/91_brackets.ipynb #brac0041
 def _shrunk(S, points):
     "Ledoit and Wolf's estimate from a covariance, (D, D)."
     mean = S.diagonal().mean()
@@ -43,6 +45,7 @@ def _shrunk(S, points):
     part = (noise / away).clamp(0, 1) if away > 0 else S.new_ones(())
     return (1 - part) * S + part * mean * torch.eye(points.dim, dtype=S.dtype, device=S.device)
 
+# %% ../nbs/library/91_brackets.ipynb #brac0042
 class _Basis:
     "The eigenvectors of a set's covariance: coordinates of points and of noise."
     def __init__(self, points):
@@ -64,6 +67,7 @@ def _linear_errors(basis, y, eps, logsnr):
         found.append((keeps * eps - (1 - keeps) * y / r2**0.5).square().mean(1))
     return torch.stack(found, 1).cpu()
 
+# %% ../nbs/library/91_brackets.ipynb #brac0043
 def _expected_linear_errors(basis, y, logsnr):
     "Its mean over the noise, (m, L); @eq-linear over r²."
     r2 = (-logsnr).exp()[:, None].to(y)
@@ -105,6 +109,7 @@ class _Mixture:
             found.append((gap / r2**0.5).square().mean(1))
         return torch.stack(found, 1).cpu()
 
+# %% ../nbs/library/91_brackets.ipynb #brac0044
 def _candidates(data, basis, components, seed):
     "name -> errors(x, eps, logsnr) of the denoisers that a stored set gives."
     mixture = _Mixture(data.points, basis, components, seed)
@@ -131,6 +136,7 @@ class _Hat:
         l = logsnr.double()
         return torch.from_numpy(np.interp(l.numpy(), self.logsnr, self.at)) * torch.sigmoid(l)
 
+# %% ../nbs/library/91_brackets.ipynb #brac0045
 def _total_weights(loss, logsnr):
     "What each point of a curve of noise errors adds to the loss over all times, (L,)."
     of_v = torch.tensor([floor(loss, _Hat(logsnr, i)) for i in range(len(logsnr))], dtype=torch.float64)
@@ -138,6 +144,7 @@ def _total_weights(loss, logsnr):
     raise ValueError(f'{loss!r:.150} has no finite total beyond the simple denoisers: it weighs an endless '
                      'range of λ. Give its schedule a finite logsnr_min and logsnr_max.')
 
+# %% ../nbs/library/91_brackets.ipynb #brac0046
 @dataclass
 class Values:
     "A loss per λ and in total, each with its standard error."
@@ -148,10 +155,12 @@ class Values:
 
 def _in_units(errors, units): return torch.cat([errors * units[0], (errors @ units[1])[:, None]], 1)
 
+# %% ../nbs/library/91_brackets.ipynb #brac0047
 def _as_values(mean, variance):
     se = variance.clamp(min=0).sqrt()
     return Values(mean[:-1], se[:-1], mean[-1].item(), se[-1].item())
 
+# %% ../nbs/library/91_brackets.ipynb #brac0048
 def _values_of_set(strata, units, n):
     "Values of a stored set's floor, of n points: [(share, (m, L) noise errors)], each row a draw."
     mean, variance = 0., 0.
@@ -161,6 +170,7 @@ def _values_of_set(strata, units, n):
         variance = variance + share**2 * q.var(0) * (1 / len(q) + 4 / (share * n))
     return _as_values(mean, variance)
 
+# %% ../nbs/library/91_brackets.ipynb #brac0049
 def _values_held_out(errors, linear, expected, units):
     "Values on held-out points: the m drawn compare with the linear denoiser, whose own error all n give."
     gap, known = _in_units(errors - linear, units), _in_units(expected, units)
@@ -285,9 +295,11 @@ def _network_errors(loss, net, x, eps, logsnr):
     error = (y - predict(net, z, level)).double().flatten(1).square().mean(1)
     return loss.target.eps_ratio(*one[1:]) * error.cpu()
 
+# %% ../nbs/library/91_brackets.ipynb #brac0063
 def _require_units(loss, reduction):
     "Raise ValueError for a loss or a reduction that has no bracket."
     if not loss.best_is_mean: raise ValueError(f'{loss!r:.150} has no bracket: its best answer is no mean.')
+    if loss.weighting.learned: raise ValueError(f'{loss!r:.150} moves as it learns. Give loss.judge.')
     if reduction not in ('mean', 'sum'): raise ValueError(unknown('reduction', reduction, ('mean', 'sum')))
 
 # %% ../nbs/library/91_brackets.ipynb #brac0019
@@ -297,12 +309,14 @@ def _keys(points):
         x = points.floats(part).flatten(1).float().cpu() + 0.   # -0 becomes 0
         yield from (hash(row.tobytes()) for row in x.numpy())
 
+# %% ../nbs/library/91_brackets.ipynb #brac0050
 def _as_set(name, x, convert=None):
     "A stored set, or what becomes one; raises TypeError or ValueError with the argument's name."
     if isinstance(x, Empirical): return x
     try: return Empirical(x, convert)
     except (TypeError, ValueError) as e: raise type(e)(f'{name}: {e}' if name != 'x' else f'{e}') from e
 
+# %% ../nbs/library/91_brackets.ipynb #brac0051
 @typed
 def overlap(x,         # stored points, as for Empirical
             held_out,  # other points
@@ -312,6 +326,7 @@ def overlap(x,         # stored points, as for Empirical
     known = set(_keys(x.points))
     return torch.tensor([key in known for key in _keys(held_out.points)])
 
+# %% ../nbs/library/91_brackets.ipynb #brac0052
 def _require_apart(x, held_out):
     "Raise ValueError if the two share points."
     if x.shape != held_out.shape:
@@ -320,6 +335,7 @@ def _require_apart(x, held_out):
         raise ValueError(f'held_out shares {shared} of its {held_out.n} points with x: judge by points that '
                          'no denoiser has seen. `overlap(x, held_out)` says which.')
 
+# %% ../nbs/library/91_brackets.ipynb #brac0053
 def _checked_labels(name, labels, n):
     "One class for each point."
     try: found = torch.as_tensor(labels)
@@ -327,6 +343,7 @@ def _checked_labels(name, labels, n):
     if found.shape == (n,) and found.dtype in (torch.uint8, torch.int32, torch.int64): return found.cpu()
     raise ValueError(f'{name} must be whole numbers, one for each of {n} points, not {shown(labels)}.')
 
+# %% ../nbs/library/91_brackets.ipynb #brac0054
 def _part(x, index):
     "Some points of a set."
     return Empirical(x.points.some(index), draws=x.draws, seed=x.seed)
@@ -341,6 +358,7 @@ class _Sets:
     held_out_labels: torch.Tensor = None
     dropped: int = 0
 
+# %% ../nbs/library/91_brackets.ipynb #brac0055
 def _of_images(images, labels):
     "The sets of an image set: its splits, in [-1, 1]."
     if labels not in (None, True): raise ValueError('labels of an image set are its own: True or None.')
@@ -348,6 +366,7 @@ def _of_images(images, labels):
     classes = [images.labels(split) if labels else None for split in ('train', 'test')]
     return _Sets(Empirical(images.train(), convert), Empirical(images.test(), convert), *classes)
 
+# %% ../nbs/library/91_brackets.ipynb #brac0056
 def _split(x, labels, seed):
     "A tenth of a set held out, less what the others have as well."
     if isinstance(x.points.x, np.memmap) or x.n < 20:
@@ -361,6 +380,7 @@ def _split(x, labels, seed):
     classes = (None, None) if labels is None else (labels[kept], labels[out])
     return _Sets(_part(x, kept), _part(x, out), *classes, int(copies.sum()))
 
+# %% ../nbs/library/91_brackets.ipynb #brac0057
 def _sets(x, held_out, labels, held_out_labels, seed):
     "What is stored and what is held out, checked."
     if isinstance(x, ImageSet): sets = _of_images(x, labels)
@@ -377,6 +397,7 @@ def _sets(x, held_out, labels, held_out_labels, seed):
     _require_apart(sets.x, sets.held_out)
     return sets
 
+# %% ../nbs/library/91_brackets.ipynb #brac0058
 def _transformed(x, transform, copies, seed):
     "A set after a transform, each point as often as is said."
     with torch.random.fork_rng():
@@ -387,6 +408,7 @@ def _transformed(x, transform, copies, seed):
     if len(found) == copies * x.n: return Empirical(found, draws=x.draws, seed=x.seed)
     raise ValueError(f'transform must return one point for each, not {len(found)} for {copies * x.n}.')
 
+# %% ../nbs/library/91_brackets.ipynb #brac0059
 def _checked_batch(x):
     if torch.is_tensor(x) and x.is_floating_point() and x.ndim > 1: return x.detach()
     raise TypeError(f'transform must return a floating-point batch, not {shown(x)}.')
@@ -402,6 +424,7 @@ def _checked_grid(loss, logsnr):
     if line and logsnr.isfinite().all() and (logsnr.diff() > 0).all(): return logsnr
     raise ValueError(f'logsnr must be three or more finite values that rise, not {shown(logsnr)}.')
 
+# %% ../nbs/library/91_brackets.ipynb #brac0060
 def _by_class(sets):
     "(class, share, its stored points), of one class without labels."
     if sets.labels is None: return [(None, 1., sets.x)]
@@ -415,6 +438,7 @@ def _by_class(sets):
         parts.append((c, n / sets.x.n, part))
     return parts
 
+# %% ../nbs/library/91_brackets.ipynb #brac0061
 def _expected_on(sets, basis, order, logsnr):
     "The linear denoiser's error over the noise on held-out points, (k, L)."
     points, device, found = sets.held_out.points, sets.x.points.device, []
@@ -423,6 +447,7 @@ def _expected_on(sets, basis, order, logsnr):
         found.append(_expected_linear_errors(basis, y, logsnr))
     return torch.cat(found) if found else torch.empty(0, len(logsnr), dtype=torch.float64)
 
+# %% ../nbs/library/91_brackets.ipynb #brac0062
 def _held_out_errors(sets, classes, order, points, eps, logsnr, components, seed):
     "(name -> (m, L) noise errors of the simple denoisers on the points judged, the linear one's on all)."
     basis, m = _Basis(sets.x.points), len(points)
@@ -438,6 +463,7 @@ def _held_out_errors(sets, classes, order, points, eps, logsnr, components, seed
             own[here[:m]] = of(points[here[:m]], eps[here[:m]], logsnr)
     return errors, expected
 
+# %% ../nbs/library/91_brackets.ipynb #brac0039
 @typed
 def bracket(loss: DiffusionLoss,        # your loss, of squared errors
             x,                          # what you train on: as for Empirical, an Empirical or an image set
