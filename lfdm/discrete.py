@@ -96,8 +96,12 @@ class Staircase(Schedule):
         "Is λ_T = -∞? Then one time in T is spent at pure noise."
         return self._levels[-1].item() == -math.inf
 
-    def ending_at(self, logsnr):
+    @typed
+    def ending_at(self,
+                  logsnr: float,  # λ_T, below the level before
+                 ):               # raises ValueError, TypeError
         "The same levels but for the last."
+        number('logsnr', logsnr, high=self._levels[-2].item())
         other = copy.copy(self)
         other._levels = torch.cat([self._levels[:-1], torch.tensor([logsnr], dtype=torch.float64)])
         other.logsnr_min = float(logsnr)

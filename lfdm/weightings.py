@@ -42,9 +42,9 @@ class Weighting(Choice):
         ratio = target.eps_ratio(*schedule.scales(logsnr))
         factor = self.eps_factor(logsnr, schedule, target) * ratio
         if not schedule.ends_in_noise: return factor
-        return factor.where(logsnr != -math.inf, self.at_pure_noise(schedule, target))
+        return factor.where(logsnr != -math.inf, self._at_pure_noise(schedule, target))
 
-    def at_pure_noise(self, schedule, target):
+    def _at_pure_noise(self, schedule, target):
         "The factor's limit as the last level's SNR goes to 0; inf if it grows without bound."
         at = lambda logsnr: self.factor(logsnr, schedule.ending_at(logsnr.item()), target).item()
         near, nearer = map(at, torch.tensor([-60., -80.], dtype=torch.float64))

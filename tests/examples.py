@@ -223,6 +223,7 @@ def examples(folder):
         "ImageTask.restored": dict(array=np.zeros((3, 1, 16, 16), np.uint8)),
         "ImageTask.stored": dict(samples=bytes_8), "Record.values": dict(name="a"),
         "TrainState.load": dict(path=checkpoint, run=None), "TrainState.save": dict(run="a run"),
+        ".ending_at": dict(logsnr=-40.),
         ".factor": dict(schedule=cosine, target=Eps()), ".eps_factor": dict(schedule=cosine, target=Eps()),
         "DDPMVLB.eps_factor": dict(schedule=chain, target=Eps()), ".bits_per_dim": dict(images=bytes_8),
         "Templates.log_prob": dict(images=bytes_8), "Templates.denoise": dict(z=randn(3, 1, 8, 8)),

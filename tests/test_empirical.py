@@ -62,14 +62,17 @@ def test_posterior_mean_and_variance_are_those_of_fractions(
         assert abs(data.posterior_variance(z, alpha, sigma).item() - variance) <= allowed
 
 
-def test_the_plain_expansion_would_fail():
-    "two points 1e-9 apart, σ = 1e-9: the reference sees the difference, and so does Empirical"
-    x = torch.tensor([[0.5, 0.25], [0.5 + 1e-9, 0.25], [3., -2.]]).double()
-    z = torch.tensor([[0.5 + 3e-10, 0.25 + 1e-10]]).double()
-    mean, _ = exact(x, z[0], 1., 1e-9)
-    assert abs((Empirical(x).denoise(z, 1., 1e-9)[0] - mean)[0]) < 1e-15
-    plain = -(z.square().sum(1)[:, None] - 2 * z @ x.T + x.square().sum(1)) / 2e-18
-    assert abs(plain.softmax(1)[0, 1].item() - 0.4502) > 0.01
+@pytest.mark.parametrize("sigma", [1e-9, 1e-8, 1e-7])
+def test_the_plain_expansion_would_fail(sigma):
+    "two points σ apart: the reference and Empirical see which is nearer; the plain sum does not"
+    for seed in range(20):
+        x = torch.cat([randn(1, 2, seed=seed).repeat(2, 1), 3 * randn(3, 2, seed=seed + 50)])
+        x[1] += sigma * randn(2, seed=seed + 100)
+        z = x[:1] + sigma * randn(1, 2, seed=seed + 150)
+        mean, _ = exact(x, z[0], 1., sigma)
+        assert (Empirical(x).denoise(z, 1., sigma)[0] - mean).abs().max() < 1e-7 * sigma + 1e-15
+    plain = -(z.square().sum(1)[:, None] - 2 * z @ x.T + x.square().sum(1)) / (2 * sigma**2)
+    assert (plain.softmax(1) @ x - mean).abs().max() > 1e-5 * sigma
 
 
 @pytest.mark.parametrize("method", ["denoise", "score", "posterior_variance", "log_prob_at"])
