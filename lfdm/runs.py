@@ -34,7 +34,7 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from .core import project_root, shown, sync, typed, unknown, write_whole
+from .core import project_root, shown, spec, sync, typed, unknown, write_whole
 from .folders import checked_name, runs_root
 from .parameters import RESULTS_VERSION, RunParameters
 from .sampling import sample
@@ -496,7 +496,8 @@ def summary_table(run: Run,  # a finished run
     "The final numbers of a run, as a Markdown table."
     s, p = run.summary, run.parameters
     error = '' if p.error == 'squared' else f' {p.error}'
-    rows = [(f'test loss, {p.target} {p.weighting}{error}', f"{s['loss']:.4f} ± {s['loss_se']:.4f}",
+    judge = spec(run.loss.judge.weighting)
+    rows = [(f'test loss, {p.target} {judge}{error}', f"{s['loss']:.4f} ± {s['loss_se']:.4f}",
              'mean over dimensions, without the ½')]
     if 'floor' in s:
         rows += [('floor', f"{s['floor']:.4f}", 'the same loss at the Bayes-optimal denoiser, by quadrature'),
