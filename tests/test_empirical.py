@@ -228,7 +228,7 @@ def product(dim, n, seed):
     return torch.cat([d.sample(n, 1000 * seed + i) for i, d in enumerate(sets)], 1).double() @ rotation
 
 
-@pytest.mark.parametrize("dim", [8])   # 2, 16 and 64 are in the notebook
+@pytest.mark.parametrize("dim", [2, 8, 64])
 def test_the_bracket_holds_the_truth(dim):
     logsnr, sets = torch.linspace(-10, 10, 15).double(), [d() for d in DATASETS.values()]
     if dim == 2: x, out = DATASETS["waves"]().sample(4000), DATASETS["waves"]().sample(2000, 1, "test")

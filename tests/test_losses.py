@@ -59,20 +59,25 @@ def test_the_loss_is_its_factor_on_the_noise_error_times_the_noise_error(schedul
             close(got, factor(t) * error.square().flatten(1).mean(1), rtol=tolerance, atol=0)
 
 
-@pytest.mark.parametrize('weighting', WEIGHTINGS)
+@pytest.mark.parametrize('weighting', [w for w, cls in WEIGHTINGS.items() if not cls.learned])
 def test_at_zero_or_infinite_snr_a_loss_is_right_or_refused(weighting):
     "no nan, no clamp; an error that names the scale, or the truth"
     x, eps, y_hat, _ = draw((3, 2), 5)
     for target, end in itertools.product(TARGETS, (0., 1.)):
-        try:
-            loss = DiffusionLoss(CosineSchedule(-math.inf, math.inf), target, weighting)
-            got = loss(lambda z, u: y_hat, x, t=end, eps=eps)
+        loss = DiffusionLoss(CosineSchedule(-math.inf, math.inf), target, weighting)
+        try: got = loss(lambda z, u: y_hat, x, t=end, eps=eps)
         except (ZeroDivisionError, ValueError) as e:
             assert any(word in str(e) for word in ('alpha', 'sigma', 'logsnr', 'finite'))
             continue
         assert not got.isnan().any()
         truth = dict(x=x, eps=eps, v=-x if end else eps, score=-eps, F=2 * x if end else -eps, flow=eps - x)
         if weighting == 'weighted': close(got, (truth[target] - y_hat).square().mean(1))
+
+
+def test_a_weighting_that_learns_is_refused_on_levels_without_end():
+    for target in TARGETS:
+        with pytest.raises(ValueError, match='visits -inf to inf'):
+            DiffusionLoss(CosineSchedule(-math.inf, math.inf), target, 'uncertainty')
 
 
 # ---- what the network is given
