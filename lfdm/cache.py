@@ -73,11 +73,13 @@ def _content(part):
     if isinstance(part, np.ndarray): return f'{part.dtype} {part.shape} '.encode() + part.tobytes()
     return repr(part).encode()
 
-def key_of(*parts) -> str:  # 32 letters; raises OSError where a function has no source
+def key_of(*parts,
+           rounded: bool = True, # do rounding errors, which differ by machine, matter?
+          ) -> str:  # 32 letters; raises OSError where a function has no source
     "Letters that stand for arrays, numbers, text and the code of functions."
     machine = torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     digest = hashlib.sha256()
-    for part in (machine, *parts): digest.update(hashlib.sha256(_content(part)).digest())
+    for part in (*(machine,) * rounded, *parts): digest.update(hashlib.sha256(_content(part)).digest())
     return digest.hexdigest()[:32]
 
 # %% ../nbs/library/05_cache.ipynb #f0c473c9
@@ -90,8 +92,9 @@ def cache_root() -> Path:
 def remembered(what: str,      # of what they are: a folder of the cache
                make: Callable, # make() -> dict of arrays
                parts: tuple,   # all they depend on: arrays, numbers, text, and the functions `make` calls
+               rounded: bool = True, # do rounding errors, which differ by machine, matter?
               ) -> dict:       # name -> array
     "Arrays made once for all processes; made each time where nothing can be kept."
-    try: path = cache_root() / checked_name('what', what) / f'{key_of(*parts)}.npz'
+    try: path = cache_root() / checked_name('what', what) / f'{key_of(*parts, rounded=rounded)}.npz'
     except (OSError, TypeError, RuntimeError): return _made_by(make)   # no source, or no home
     return cached_arrays(path, make, tell=False)

@@ -32,7 +32,7 @@ from lfdm.images.data import (
     require_images,
     scaled,
 )
-from photos import write
+from photos import numbered, write
 from tree import ROOT, files
 
 torch.set_num_threads(1)
@@ -182,6 +182,23 @@ def test_four_forms_of_a_folder(tmp_path):
     assert len(torch.cat([c.train(), c.test()]).flatten(1).unique(dim=0)) == 24
     elsewhere = shutil.copytree(tmp_path / 'c', tmp_path / 'elsewhere')
     assert by_name(f'folder(path="{elsewhere}")').digest == c.digest != d.digest
+
+
+def test_many_images_are_decoded_once(tmp_path, monkeypatch):
+    write(tmp_path / "photos", numbered(3))
+    monkeypatch.setenv("LFDM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data, "MANY", 3)
+    def read():
+        images = ImageFolder(tmp_path / "photos")
+        return torch.cat([images.train(), images.test()]), images.lossy
+    first = read()
+    kept, = (tmp_path / "cache" / "folders").iterdir()
+    with monkeypatch.context() as no: no.setattr(data, "_first_kind", None); again = read()
+    assert torch.equal(first[0], again[0]) and first[1] is again[1] is False
+    kept.write_bytes(kept.read_bytes()[:-9])   # damaged: decoded anew
+    assert torch.equal(read()[0], first[0])
+    write(tmp_path / "photos", "002.png", seed=1)   # changed: decoded anew
+    assert not torch.equal(read()[0], first[0])
 
 
 def test_size_cuts_and_resizes(tmp_path):
