@@ -264,7 +264,7 @@ class Bracket:
         return self.held_out_values(found), _as_values(less.mean(0), less.var(0) / len(less))
 
     def plot(self,
-             net: Callable = None,  # a network to show as well
+             net=None,              # a network to show as well, or what `of` gave for it
              ax=None,               # where to draw; default: a new figure
             ):                      # the axes
         "The loss per λ: the bracket in grey, the memorized loss, and a network's."
@@ -275,7 +275,7 @@ class Bracket:
         ax.plot(self.logsnr, self.above.value, color='0.5', label='above: simple denoisers, held out')
         ax.plot(self.logsnr, self.memorized.value, ':', color='C3', label='memorized, held out')
         if net is not None:
-            value, less = self.of(net)
+            value, less = self.of(net) if callable(net) else net
             ax.plot(self.logsnr, value.value, color='C0', label='network, held out')
             good = less.value + 2 * less.se < 0
             ax.plot(self.logsnr[good], value.value[good], '.', color='C0', label='it generalizes')

@@ -231,6 +231,7 @@ class Numeric:
 # %% ../nbs/library/00_core.ipynb #doorsccc
 def _real_tensor(name, value, what='a tensor of numbers'):
     "Numbers as a tensor; whole ones become floats, but for bytes."
+    if torch.is_tensor(value) and value.is_floating_point() and not value.is_meta: return value   # at once
     if isinstance(value, np.ndarray | np.generic | list | tuple | Real) and not isinstance(value, bool):
         try: value = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError, OverflowError): pass
@@ -243,8 +244,9 @@ def _real_tensor(name, value, what='a tensor of numbers'):
 
 def _numeric(name, value):
     "Numbers and symbols stay what they are, arrays become tensors."
-    if is_symbolic(value): return value
-    if isinstance(value, Real) and not isinstance(value, bool): return number(name, value)
+    if not torch.is_tensor(value):
+        if is_symbolic(value): return value
+        if isinstance(value, Real) and not isinstance(value, bool): return number(name, value)
     if isinstance(value, list | tuple):   # numpy keeps the digits
         try: value = np.asarray(value)
         except ValueError: pass           # of unequal lengths: refused below
@@ -295,13 +297,14 @@ def typed(function,  # with annotations; a method or an __init__ as well
     "A door to a function: its annotations hold. Raises TypeError or ValueError."
     parameters = inspect.signature(function).parameters
     names, doors = list(parameters), {name: _door(p) for name, p in parameters.items()}
-    def let_in(name, value): return door(value) if (door := doors.get(name)) else value
+    in_order = list(doors.values())
+    def let_in(door, value): return door(value) if door else value
 
     @wraps(function)
     def inside(*args, **kwargs):
-        args = [*map(let_in, names, args), *args[len(names):]]
-        kwargs = {name: let_in(name, value) for name, value in kwargs.items()}
-        _require_one_device([*zip(names, args), *kwargs.items()])
+        args = [*map(let_in, in_order, args), *args[len(names):]]
+        kwargs = {name: let_in(doors.get(name), value) for name, value in kwargs.items()}
+        if len(args) + len(kwargs) > 1: _require_one_device([*zip(names, args), *kwargs.items()])
         return function(*args, **kwargs)
     return inside
 
@@ -358,6 +361,7 @@ def _symbol_maths():
 def is_symbolic(t,       # anything
                ) -> bool:
     "Is it a sympy expression?"
+    if isinstance(t, torch.Tensor | float): return False   # at once
     return hasattr(t, 'free_symbols') or type(t).__module__.split('.')[0] == 'sympy'
 
 def maths(t,                   # a tensor or a sympy expression
@@ -389,8 +393,9 @@ def formula(function,  # its last parameter is what it depends on: a time, a lev
     *others, name = inspect.signature(function).parameters
     @wraps(function)
     def inside(*args, **given):
-        values = (*args, *given.values())
-        if len(values) != len(others) + 1 or given.keys() - {name}: return function(*args, **given)  # raises
+        values = (*args, *given.values()) if given else args
+        if len(values) != len(others) + 1 or (given and given.keys() - {name}):
+            return function(*args, **given)   # raises
         *before, t = values
         t = as_number(t, name)
         if torch.is_tensor(t) and t.dtype.itemsize < 4: return _to(function(*before, t.float()), t.dtype)

@@ -104,8 +104,8 @@ class ModeSchedule(FlowSchedule):
     @formula
     def times(self, u):
         "τ before the shift; 1 - τ is that of 1 - u."
-        m = maths(u)
-        return (1 + self.scale) * u - self.scale * m.sin(m.pi * u / 2)**2
+        return self._times(u, maths(u))
+    def _times(self, u, m): return (1 + self.scale) * u - self.scale * m.sin(m.pi * u / 2)**2
 
     def plain_path(self, u): return 2 * maths(u).log(self.times(1 - u) / self.times(u))
 
@@ -116,7 +116,7 @@ class ModeSchedule(FlowSchedule):
         low, high = wanted.log() - 2, torch.full_like(wanted, math.log(0.5))   # of log u
         for _ in range(60):
             middle = (low + high) / 2
-            over = self.times(middle.exp()) > wanted
+            over = self._times(middle.exp(), maths(k)) > wanted
             low, high = torch.where(over, low, middle), torch.where(over, middle, high)
         u = high.exp()
         u = torch.where(wanted == 0, 0., u)
