@@ -231,7 +231,8 @@ class Numeric:
 # %% ../nbs/library/00_core.ipynb #doorsccc
 def _real_tensor(name, value, what='a tensor of numbers'):
     "Numbers as a tensor; whole ones become floats, but for bytes."
-    if isinstance(value, np.ndarray | np.generic | list | tuple | Real) and not isinstance(value, bool):
+    plain = not torch.is_tensor(value) and not isinstance(value, bool)
+    if plain and isinstance(value, np.ndarray | np.generic | list | tuple | Real):
         try: value = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError, OverflowError): pass
     if not torch.is_tensor(value): raise TypeError(f'{name} must be {what}, not {shown(value)}.')
@@ -244,7 +245,8 @@ def _real_tensor(name, value, what='a tensor of numbers'):
 def _numeric(name, value):
     "Numbers and symbols stay what they are, arrays become tensors."
     if is_symbolic(value): return value
-    if isinstance(value, Real) and not isinstance(value, bool): return number(name, value)
+    tensor = torch.is_tensor(value)       # the usual case, found at once
+    if not tensor and isinstance(value, Real) and not isinstance(value, bool): return number(name, value)
     if isinstance(value, list | tuple):   # numpy keeps the digits
         try: value = np.asarray(value)
         except ValueError: pass           # of unequal lengths: refused below
@@ -295,13 +297,16 @@ def typed(function,  # with annotations; a method or an __init__ as well
     "A door to a function: its annotations hold. Raises TypeError or ValueError."
     parameters = inspect.signature(function).parameters
     names, doors = list(parameters), {name: _door(p) for name, p in parameters.items()}
-    def let_in(name, value): return door(value) if (door := doors.get(name)) else value
+    in_order = list(doors.values())
 
     @wraps(function)
     def inside(*args, **kwargs):
-        args = [*map(let_in, names, args), *args[len(names):]]
-        kwargs = {name: let_in(name, value) for name, value in kwargs.items()}
-        _require_one_device([*zip(names, args), *kwargs.items()])
+        let_in = [door(value) if door else value for door, value in zip(in_order, args)]
+        args = [*let_in, *args[len(names):]]
+        for name, value in kwargs.items():
+            if door := doors.get(name): kwargs[name] = door(value)
+        if sum(map(torch.is_tensor, (*args, *kwargs.values()))) > 1:
+            _require_one_device([*zip(names, args), *kwargs.items()])
         return function(*args, **kwargs)
     return inside
 
@@ -358,6 +363,7 @@ def _symbol_maths():
 def is_symbolic(t,       # anything
                ) -> bool:
     "Is it a sympy expression?"
+    if torch.is_tensor(t) or isinstance(t, float): return False   # what it mostly is, found at once
     return hasattr(t, 'free_symbols') or type(t).__module__.split('.')[0] == 'sympy'
 
 def maths(t,                   # a tensor or a sympy expression
