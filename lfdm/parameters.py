@@ -62,6 +62,7 @@ def schedule_named(name: str,                # a name in SCHEDULES, with options
     "The schedule of that name, cut to the ends that are given."
     ends = {k: v for k, v in zip(RANGE_FIELDS, (logsnr_min, logsnr_max)) if v is not None}
     with _range_named(name, ends):
+        if name in SCHEDULES: return SCHEDULES[name](**ends)
         named = instance(SCHEDULES, name, 'schedule', Schedule)
         parameters = inspect.signature(type(named)).parameters
         options = {k: getattr(named, k, p.default) for k, p in parameters.items()}

@@ -60,7 +60,8 @@ def use_style() -> None:
 
 # %% ../nbs/library/99_plots.ipynb #bc902a34
 STABLE = {'svg.hashsalt': 'lfdm', 'svg.fonttype': 'path',
-          'font.sans-serif': ['DejaVu Sans'], 'savefig.bbox': None}
+          'font.sans-serif': ['DejaVu Sans'], 'savefig.bbox': None,
+          'figure.constrained_layout.use': False, 'figure.autolayout': False}   # of a figure without a layout
 ANONYMOUS = {'png': {'Software': None}, 'svg': {'Date': None, 'Creator': None}}
 DPI = {'png': 180, 'svg': 110}   # an SVG's is that of scattered points, which are one image in it
 
@@ -73,7 +74,7 @@ def freeze_layout(fig: Figure,      # a figure
     with plt.rc_context(STABLE):
         if fig.get_layout_engine() is not None:
             for _ in range(number('rounds', rounds, 1, 100, integer=True)): fig.draw_without_rendering()
-        fig.set_layout_engine('none')
+        fig.set_layout_engine(None)   # 'none' would have each saving draw twice
 
 # %% ../nbs/library/99_plots.ipynb #5a59627c
 @typed
