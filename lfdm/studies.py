@@ -711,6 +711,7 @@ def _completed(entry):
     if not found: return dict.fromkeys(ADVICE, '') | entry
     lookup(found, entry['row'], f"row of {entry['record']}:")
     f, seeds = found[entry['row']], len({row['seed'] for row in record.rows})
-    interval = f"ratio {f['ratio']:.2f} ({f['low']:.2f} to {f['high']:.2f})"
+    form = '.2f' if f['ratio'] < 10 else '.0f'
+    interval = f"ratio {f['ratio']:{form}} ({f['low']:{form}} to {f['high']:{form}})"
     said = f"{f['verdict']}: {interval}, p = {f['p']:.2g} (raised for {len(found)} questions), {seeds} seeds"
     return dict.fromkeys(ADVICE, '') | entry | dict(sure=said)
