@@ -163,18 +163,18 @@ def test_the_grid_of_cifar10_is_that_of_its_study():
     "so that the study finds the runs; the images themselves need not be here"
     axes = yaml.safe_load((WORKFLOW / "cifar10.yaml").read_text())
     also, = axes.pop("also")
-    assert (axes.pop("kind"), axes.pop("study")) == ("images", "images")
+    assert (axes.pop("kind"), axes.pop("study")) == ("images", "cifar10-thesis")
     here = dict(content="3x32x32, 256 values, 00000000", device="cpu")
     typed = lambda axes: {k: float(v) if k == "lr" else v for k, v in axes.items()} | here   # 2e-4 is a word
     of_file = [p for more in ({}, also) for p in grid(kind_of("images"), **typed(axes | more))]
     sources = [s for s, _ in cells(ROOT / "nbs/experiments/images.ipynb", "code")]
-    space = dict(scale="full", dataset="cifar10", path=axes["path"], device=axes["device"], workers=1,
+    space = dict(scale="full", dataset=None, path=axes["path"], device=axes["device"],
                  grid=lambda kind, **axes: grid(kind, **axes | here), ImageParameters=kind_of("images"))
-    for first, last in (("DIGITS =", "if (dataset"), ("TARGETS,", "images, one")):
+    for first in ("DIGITS =", "TARGETS,"):
         source = next(s for s in sources if s.startswith(first))
-        exec(source[:source.index(last)], space)
-        space["size"] = space["SIZES"]["cifar10", "full"]
-    assert len(of_file) == 9 and set(of_file) == set(space["asked"])
+        exec(source.partition("\nimages = ")[0], space)
+        space["size"] = space["SIZES"]["cifar10-thesis"]["full"]
+    assert len(of_file) == 9 and set(of_file) == set(space["asked_with"]({}))
     assert axes["device"] == "cuda" and axes["path"] == "data", "what the head of the file says"
 
 
