@@ -75,11 +75,14 @@ def _content(part):
 
 def key_of(*parts,
            rounded: bool = True, # do rounding errors, which differ by machine, matter?
-          ) -> str:  # 32 letters; raises OSError where a function has no source
+          ) -> str:  # 32 letters; raises OSError where a function has no source, TypeError
     "Letters that stand for arrays, numbers, text and the code of functions."
+    if not isinstance(rounded, bool):
+        raise TypeError(f'rounded must be True or False, not {shown(rounded)}.')
     machine = torch.__version__, torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     digest = hashlib.sha256()
-    for part in (*(machine,) * rounded, *parts): digest.update(hashlib.sha256(_content(part)).digest())
+    if rounded: parts = machine, *parts
+    for part in parts: digest.update(hashlib.sha256(_content(part)).digest())
     return digest.hexdigest()[:32]
 
 # %% ../nbs/library/05_cache.ipynb #f0c473c9

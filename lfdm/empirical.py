@@ -141,6 +141,7 @@ def _few_rows(cells):
     rows = max(1, CACHED // cells.shape[1]) if cells.device.type == 'cpu' else len(cells)
     return [slice(i, i + rows) for i in range(0, len(cells), rows)]
 
+# %% ../nbs/library/89_empirical.ipynb #empisplt
 def _posterior(points, u, ratio, dots=None):
     "The probability of each stored point given z, (rows, n); @eq-posterior. It takes the place of dots."
     rho = points.dots(u) if dots is None else dots
@@ -152,8 +153,9 @@ def _posterior(points, u, ratio, dots=None):
 
 def _posterior_mean(points, rho):
     "The mean of the centred points, (rows, D); if no row gives most of them 1e-20, these are left out."
-    seen = (~(rho.amax(0) <= 1e-20)).nonzero()[:, 0]   # nan is seen
     total = rho.new_zeros(len(rho), points.dim)
+    if not len(rho): return total
+    seen = (~(rho.amax(0) <= 1e-20)).nonzero()[:, 0]   # nan is seen
     if 2 * len(seen) > points.n:
         for part in points.blocks(): total += rho[:, part] @ points.centred(part, rho.device)
         return total

@@ -183,6 +183,7 @@ def network_quality(parameters: dict,  # of a finished run
                     n: int,            # samples
                     real: int,         # real points compared with
                     draws: int = 1,    # sets of n samples
+                    most: int = None,  # steps of a sampler; default: as its way says
                    ) -> dict:          # way -> (sliced Wasserstein distance, share outside)
     "How good a network's samples are, for each way to sample."
     ways = {way: lookup(WAYS, way, 'way among the ways:') for way in ways}
@@ -194,7 +195,9 @@ def network_quality(parameters: dict,  # of a finished run
     how = dict(n=n, seed=run.parameters.seed, real=real, draws=draws)
     how |= dict(chunk=max(500, 2**17 // run.parameters.width))
     judged = partial(sample_quality, run.denoiser(), run.dataset, **how)
-    return {name: judged(*way) for name, way in ways.items()}
+    most = math.inf if most is None else number('most', most, low=1, integer=True)
+    return {name: judged(sampler, min(steps, most), levels)
+            for name, (sampler, steps, levels) in ways.items()}
 
 # %% ../nbs/library/98_studies.ipynb #5cbfbe88
 CURVES = ('loss', 'excess', 'nelbo_loss', 'nelbo_excess', 'rescaled_loss', 'rescaled_excess')  # over epochs
@@ -568,7 +571,8 @@ def outcomes(study: str,        # whose networks they are
     runs, diverged = make_grid(parameters, inside, stack=stack, **how)
     plain = lambda p: {k: v for k, v in asdict(p).items() if v is not None}
     meant = {way: str(how_to) for way, how_to in ways.items()}
-    settings = [dict(parameters=plain(p), ways=meant, n=n, real=real, draws=draws) for p in runs]
+    few = {'most': 2} if scale == 'smoke' else {}   # steps, for the tests alone
+    settings = [dict(parameters=plain(p), ways=meant, n=n, real=real, draws=draws) | few for p in runs]
     sampled = all_cached(study, scale, settings, partial(_quality_by_names, inside), **how)
     noise = {d: _real_distance(d, n, real) for d in {p.dataset for p in runs}}
     found = {p: dict.fromkeys((*OUTCOMES, *ways), math.inf) for p in diverged}
