@@ -26,7 +26,9 @@ class Stripes(ImageSet):
         return {s: (draw(i), torch.arange(60) % 2) for i, s in enumerate(("train", "test"))}
 
 
-def test_training_depends_on_the_seed_alone(tmp_path):
+@pytest.mark.parametrize("many", [10_000, 60])   # 60 images are a small set, and a large one
+def test_training_depends_on_the_seed_alone(tmp_path, monkeypatch, many):
+    monkeypatch.setattr(module, "MANY_IMAGES", many)
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first = feature_net(Stripes(), steps=20, root=tmp_path / "a")
@@ -37,6 +39,9 @@ def test_training_depends_on_the_seed_alone(tmp_path):
     assert again.digest == first.digest and threads == 2
     assert first.digest != feature_net(Stripes(), 1, 20, tmp_path / "a").digest
     assert moments(first.features(scaled(Stripes().train(), 9)))[1].trace() == pytest.approx(1, rel=1e-5)
+    monkeypatch.setattr(module, "_trained", lambda *a: pytest.fail("trained again"))
+    assert feature_net(Stripes(), steps=20, root=tmp_path / "a").digest == first.digest
+    assert first.head.in_features == (32 if many > 60 else 64)
 
 
 def test_the_file_is_whole_or_made_again(tmp_path, monkeypatch):
