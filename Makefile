@@ -8,17 +8,28 @@
 # The Python that makes .venv: the first of these that is new enough and has venv.
 # Another one: `make PYTHON=/path/to/python`.
 NEW_ENOUGH := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c '$(NEW_ENOUGH)' >/dev/null 2>&1 && echo $$p && break; done)
+endif
 
 PY := .venv/bin/python
 UV := $(PY) -m uv
 READY := .venv/ready
 
-# extra words for the command of a target: make train args="-p target v -p dataset swiss"
-args ?=
-# where `make train` writes the notebook it has run
-out ?= runs/train.ipynb
+# `make train target=v epochs=5`: words on the command line, and no others (make also reads the environment).
+# tools/words.py knows which ones a target takes, and refuses others before anything is done.
+QUOTED = '$(subst ','\'',$(1))'
+WORDS = $(call QUOTED,$(MAKEOVERRIDES))
+ANY_PYTHON := $(firstword $(wildcard $(PY)) $(PYTHON))
+ifneq ($(ANY_PYTHON),)
+REFUSED := $(shell "$(ANY_PYTHON)" tools/words.py check $(call QUOTED,$(MAKECMDGOALS)) $(WORDS) 2>&1)
+ifneq ($(REFUSED),)
+$(error $(REFUSED))
+endif
+endif
+# extra words for the command of a target: make test args="-k house"
+args =
 
 # The kernel `python3` is the one of .venv, whatever kernels the user has. Bytecode is kept: without it every process compiles torch anew.
 unexport JUPYTER_PATH PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
@@ -33,42 +44,22 @@ help: ## list the targets
 setup: $(READY) ## make .venv with the pinned packages (the other targets do this by themselves)
 	@echo ".venv is ready"
 
-# The stamp comes last: without it a set-up was cut short, and starts afresh.
 $(READY): settings.ini setup.py constraints.txt
 	@"$(PYTHON)" -c '$(NEW_ENOUGH)' >/dev/null 2>&1 || { echo "lfdm needs Python 3.11 or newer with venv (Debian: apt install python3-venv). Where is yours? make PYTHON=/path/to/python" >&2; exit 1; }
-	@echo "Set-up, once: the pinned packages go into .venv (about 6 GB)."
-	@test -f $@ || "$(PYTHON)" -m venv --clear .venv
-	@rm -f $@
-	@$(PY) -m pip install --quiet --constraint constraints.txt uv
-	@$(UV) pip install --python $(PY) --constraint constraints.txt --build-constraint constraints.txt --compile-bytecode --editable ".[dev]"
-	@mkdir -p .venv/etc/ipython # a kernel that serves this machine need not warn that it does not encrypt
-	@echo "c.IPKernelApp.log_level = 'ERROR'" > .venv/etc/ipython/ipython_kernel_config.py
-	@touch $@
+	@"$(PYTHON)" tools/set_up.py
 
 # Notebooks run from the top; figures go to figures/, records to records/, the notebooks that ran to runs/.
-scale ?= full
-STUDY = mkdir -p runs; for n in $(1); do echo "== nbs/experiments/$$n.ipynb, $(scale) scale"; \
-	$(PY) -m papermill nbs/experiments/$$n.ipynb runs/$$n.ipynb --no-progress-bar --stdout-file - --stderr-file - -p scale $(scale) || exit 1; done; \
-	echo "The figures: figures/. With tables and text: $(1:%=runs/%.ipynb)"
-SCALE_KNOWN = case "$(scale)" in full|quick) ;; *) echo "scale is full or quick, not $(scale)." >&2; exit 1;; esac
-
 figures: $(READY) ## the whole 2D study from scratch: trains 96 networks, draws every figure (an hour on two cores; make figures scale=quick: 5 minutes)
-	@$(SCALE_KNOWN)
-	@$(call STUDY,theory thesis_runs thesis verdicts)
+	@$(PY) tools/words.py study $(WORDS) theory thesis_runs thesis verdicts
 
 draw: $(READY) ## the same figures from the committed record, without training
-	@$(SCALE_KNOWN)
-	@$(call STUDY,theory thesis verdicts)
+	@$(PY) tools/words.py study $(WORDS) theory thesis verdicts
 
 study: $(READY) ## one study: make study name=likelihood (or samplers, score_matching, score_target, ...; scale=quick)
-	@$(SCALE_KNOWN)
-	@test -f "nbs/experiments/$(name).ipynb" || { echo "There is no study '$(name)': $$(cd nbs/experiments && ls *.ipynb | sed 's/.ipynb//' | xargs)." >&2; exit 1; }
-	@$(call STUDY,$(name))
+	@$(PY) tools/words.py study $(WORDS) $(call QUOTED,$(name))
 
-train: $(READY) ## train, sample and judge one model: make train args="-p target v -p dataset swiss"
-	@mkdir -p runs
-	@$(PY) -m papermill nbs/train.ipynb "$(out)" --no-progress-bar --stdout-file - --stderr-file - $(args)
-	@echo "The notebook with its figures: $(out)"
+train: $(READY) ## train, sample and judge one model: make train target=v dataset=swiss epochs=5
+	@$(PY) tools/words.py train $(WORDS)
 
 lint: $(READY) ## check style, width and unused names of notebooks, modules, tests and tools (ruff)
 	@$(PY) -m ruff check --quiet && echo "lint: all good"

@@ -17,8 +17,8 @@ setup(
     author=c["author"], keywords=c["keywords"], license="Apache-2.0",
     packages=find_packages(include=["lfdm", "lfdm.*"]), python_requires=f">={c['min_python']}",
     install_requires=c["requirements"].split(),
-    extras_require={extra: c[f"{extra}_requirements"].split()
-                    for extra in ("dev", "workflow", "accelerate", "diffusers")},
+    extras_require={key.removesuffix("_requirements"): c[key].split()
+                    for key in c if key.endswith("_requirements")},
     entry_points={"nbdev": [f"{c['lib_name']}={c['lib_name']}._modidx:d"]},
     package_data={"lfdm": ["*.toml"]}, zip_safe=False,
 )

@@ -13,7 +13,7 @@ from functools import cached_property, partial
 import numpy as np
 import torch
 
-from .core import checked_seed, number, seeded, shown, typed, unknown
+from .core import checked_seed, from_extra, number, seeded, shown, typed, unknown
 from .data import checked_logsnr
 from .empirical import Empirical
 from .evaluation import floor
@@ -268,7 +268,8 @@ class Bracket:
              ax=None,               # where to draw; default: a new figure
             ):                      # the axes
         "The loss per λ: the bracket in grey, the memorized loss, and a network's."
-        from matplotlib import pyplot
+        with from_extra('studies'):
+            from matplotlib import pyplot
         ax = pyplot.subplots(figsize=(6, 3.2))[1] if ax is None else ax
         ax.fill_between(self.logsnr, self.below.value, self.above.value, color='0.88', lw=0)
         ax.plot(self.logsnr, self.below.value, color='0.2', label='below: lowest on the stored set')

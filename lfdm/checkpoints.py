@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
-from .core import number, shown, typed, write_whole
+from .core import from_extra, number, shown, typed, write_whole
+
+with from_extra('studies'):
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
 
 # %% ../nbs/library/68_checkpoints.ipynb #b47ed8c1
 @typed

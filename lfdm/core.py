@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LONGEST', 'short', 'shown', 'listed', 'unknown', 'lookup', 'Choice', 'from_spec', 'spec', 'instance', 'number',
            'checked_seed', 'checked_device', 'seeded', 'Numeric', 'typed', 'expand', 'is_symbolic', 'maths',
-           'as_number', 'formula', 'sync', 'write_whole', 'project_root']
+           'as_number', 'formula', 'from_extra', 'sync', 'write_whole', 'project_root']
 
 # %% ../nbs/library/00_core.ipynb #6326c1cb
 import ast
@@ -401,6 +401,17 @@ def formula(function,  # its last parameter is what it depends on: a time, a lev
         if torch.is_tensor(t) and t.dtype.itemsize < 4: return _to(function(*before, t.float()), t.dtype)
         return function(*before, t)
     return inside
+
+# %% ../nbs/library/00_core.ipynb #extras02
+@contextmanager
+def from_extra(name: str,  # of the extra: 'studies', 'images', 'diffusers', ...
+              ):           # raises ModuleNotFoundError that says how to install it
+    "Import what an extra brings: `with from_extra('studies'): import joblib`."
+    try: yield
+    except ModuleNotFoundError as e:
+        if (e.name or '').partition('.')[0] == 'lfdm': raise
+        raise ModuleNotFoundError(f'{e.name} is not installed. It comes with the extra {name!r} of lfdm: '
+                                  f'pip install "lfdm[{name}]"', name=e.name, path=e.path) from None
 
 # %% ../nbs/library/00_core.ipynb #857a25ea
 def sync(path,  # a file, or a folder: then its names

@@ -20,10 +20,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from joblib import Parallel, delayed
 
 from .checkpoints import read_checkpoint
-from .core import number, shown, typed, unknown
+from .core import from_extra, number, shown, typed, unknown
 from .folders import checked_name, runs_root
 from .networks import StackedMLP
 from .parameters import Parameters, RunParameters, checked_kind
@@ -44,6 +43,9 @@ from lfdm.runs import (
 from .sampling import sample_stack
 from .tasks import task_of
 from .training import TrainState, train_stack, with_precision
+
+with from_extra('studies'):
+    from joblib import Parallel, delayed
 
 # %% ../nbs/library/96_grids.ipynb #b438a1a9
 def grid(kind=Parameters, # the class of parameters

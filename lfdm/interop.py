@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from .core import Numeric, instance, lookup, number, shown, typed, unknown
+from .core import Numeric, from_extra, instance, lookup, number, shown, typed, unknown
 from .discrete import DDPMSchedule
 from .losses import require_prediction
 from .schedules import SCHEDULES, RectifiedFlowSchedule, Schedule, network_time
@@ -24,11 +24,9 @@ from .targets import TARGETS, Target
 
 # %% ../nbs/library/45_interop.ipynb #6dbee8e4
 def _diffusers():
-    "The package; raises ImportError that says how to get it."
-    try:
+    "The package; raises ModuleNotFoundError that says how to get it."
+    with from_extra('diffusers'):
         import diffusers
-    except ImportError as e:
-        raise ImportError("this needs diffusers, an optional extra: pip install 'lfdm[diffusers]'.") from e
     return diffusers
 
 # %% ../nbs/library/45_interop.ipynb #eea5000b

@@ -18,7 +18,7 @@ from importlib.resources import files
 import numpy as np
 import torch
 
-from .core import lookup, number, typed, unknown
+from .core import from_extra, lookup, number, typed, unknown
 from .losses import DiffusionLoss
 
 # %% ../nbs/library/46_lookup.ipynb #look0006
@@ -150,7 +150,8 @@ class Row:
                 name: str = 'w',  # 'w', or 'named': what the name suggests
                ):                 # sympy, in the symbols λ and p; None if there is none
         "A formula of the row."
-        import sympy
+        with from_extra('studies'):
+            import sympy
         if (text := getattr(self, name)) is None: return None
         symbols = dict(l=sympy.Symbol('lambda', real=True), p=sympy.Symbol('p', positive=True))
         return sympy.sympify(text, locals=symbols)
@@ -161,7 +162,8 @@ class Row:
                name: str = 'w',        # 'w' or 'named'
               ) -> torch.Tensor:       # (n,), up to a constant
         "A formula of the row at some λ."
-        import sympy
+        with from_extra('studies'):
+            import sympy
         symbols = sympy.Symbol('lambda', real=True), sympy.Symbol('p', positive=True)
         both = [{'Min': np.minimum, 'Max': np.maximum}, 'numpy']
         found = sympy.lambdify(symbols, self.formula(name), both)(logsnr.numpy(), density.numpy())

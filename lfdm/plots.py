@@ -16,22 +16,24 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
-import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
 import torch
-from matplotlib.axes import Axes
-from matplotlib.colors import is_color_like
-from matplotlib.figure import Figure
-from PIL import Image, UnidentifiedImageError
-from PIL.PngImagePlugin import PngInfo
 
-from .core import Numeric, lookup, number, seeded, shown, spec, typed, write_whole
+from .core import Numeric, from_extra, lookup, number, seeded, shown, spec, typed, write_whole
 from .data import Dataset
 from .evaluation import floor_per_logsnr
 from .folders import checked_scale, place, suffixed
 from .images.data import ImageSet, image_grid, quantize, scaled
 from .schedules import Schedule
+
+with from_extra('studies'):
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+    from matplotlib.axes import Axes
+    from matplotlib.colors import is_color_like
+    from matplotlib.figure import Figure
+    from PIL import Image, UnidentifiedImageError
+    from PIL.PngImagePlugin import PngInfo
 
 # %% ../nbs/library/99_plots.ipynb #b53b8d65
 _palette = sns.color_palette('colorblind').as_hex()
@@ -177,7 +179,8 @@ def show(fig: Figure,    # a figure; it is closed
          dpi: int = 85,  # dots per inch
         ):
     "Show a figure in a notebook in a hundred kilobytes or less."
-    from IPython.display import Image as Shown, display
+    with from_extra('studies'):
+        from IPython.display import Image as Shown, display
     with io.BytesIO() as file:
         fig.savefig(file, format='png', dpi=number('dpi', dpi, 10, 1000, integer=True))
         plt.close(fig)

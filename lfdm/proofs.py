@@ -10,11 +10,13 @@ import math
 import random
 from numbers import Number
 
-import sympy
 import torch
-from sympy.core.function import AppliedUndef
 
-from .core import is_symbolic, shown, typed
+from .core import from_extra, is_symbolic, shown, typed
+
+with from_extra('studies'):
+    import sympy
+    from sympy.core.function import AppliedUndef
 
 # %% ../nbs/library/02_proofs.ipynb #458a439c
 _SIMPLIFICATIONS = (

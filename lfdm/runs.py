@@ -29,18 +29,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
-from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
 
-from .core import project_root, shown, spec, sync, typed, unknown, write_whole
+from .core import from_extra, project_root, shown, spec, sync, typed, unknown, write_whole
 from .folders import checked_name, runs_root
 from .parameters import RESULTS_VERSION, RunParameters
 from .sampling import sample
 from .steps import network_denoiser
 from .tasks import Task, kind_of, task_of
 from .training import TrainState
+
+with from_extra('studies'):
+    import safetensors.torch
+    from filelock import FileLock, Timeout
+    from safetensors import SafetensorError, safe_open
 
 # %% ../nbs/library/95_runs.ipynb #3fc8f9f2
 @dataclass
@@ -479,7 +481,8 @@ UNITS = {'train': 'epoch', 'sample': 'step',
 
 def progress_bar():  # a callback for make_run
     "A progress bar for each phase of a run."
-    from tqdm import tqdm
+    with from_extra('studies'):
+        from tqdm import tqdm
     bars, grid = {}, dict(smoothing=0, bar_format='{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]')
     def progress(phase, done, total):
         if phase not in bars or done < bars[phase].n or total != bars[phase].total:

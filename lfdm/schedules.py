@@ -556,3 +556,8 @@ def network_logsnr(u: torch.Tensor,   # the network's time, in (0, 1)
                   ) -> torch.Tensor:  # λ
     "The noise level of a network's time: the inverse of `network_time`."
     return cosine_path(u)
+
+# %% ../nbs/library/10_schedules.ipynb #joinsc02
+SCHEDULES |= dict.fromkeys(('adaptive', 'laplace', 'cauchy', 'cosmap', 'mode', 'beta', 'discrete', 'ddpm'))
+
+from . import adaptive, densities, discrete  # noqa: E402, F401  they fill these places

@@ -23,10 +23,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from joblib import delayed
 
 from .cache import cached_arrays, npz_bytes, require_array
-from .core import instance, lookup, number, shown, typed, unknown, write_whole
+from .core import from_extra, instance, lookup, number, shown, typed, unknown, write_whole
 from .data import DATASETS, Dataset
 from lfdm.evaluation import (
     distance_of_lines,
@@ -43,6 +42,9 @@ from .runs import Run, folder_of, load_run
 from .sampling import sample
 from .schedules import SCHEDULES, Schedule
 from .steps import Denoiser
+
+with from_extra('studies'):
+    from joblib import delayed
 
 # %% ../nbs/library/98_studies.ipynb #47727d52
 _SETS = ['cluster', 'ring', 'swiss', 'waves']
@@ -625,7 +627,8 @@ def table(head: list,      # the names of the columns
           note: str = '',  # Markdown below the table
          ):                # IPython's Markdown
     "A table that a notebook shows."
-    from IPython.display import Markdown
+    with from_extra('studies'):
+        from IPython.display import Markdown
     if isinstance(rows, str): raise TypeError(f'rows must be lists of cells, not {shown(rows)}.')
     rows = list(rows)
     for row in rows:

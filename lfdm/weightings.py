@@ -383,3 +383,8 @@ def _ascending_levels(schedule, points):
     points = number('points', points, low=3, integer=True)
     if T: return schedule.logsnr(torch.arange(T, 0, -1, dtype=torch.float64) / T)
     return torch.linspace(low, high, points, dtype=torch.float64)
+
+# %% ../nbs/library/30_weightings.ipynb #joinwe02
+WEIGHTINGS['uncertainty'] = None
+
+from . import uncertainty  # noqa: E402, F401  it fills this place

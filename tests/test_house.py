@@ -243,7 +243,7 @@ def test_setup_agrees_with_settings(monkeypatch):
     assert seen["python_requires"] == f">={SETTINGS['min_python']}"
     assert sorted(seen["packages"]) == ["lfdm", "lfdm.images"]
     assert seen["install_requires"] == SETTINGS["requirements"].split()
-    extras = ("dev", "workflow", "accelerate", "diffusers")
+    extras = ("studies", "images", "workflow", "accelerate", "diffusers", "docs", "dev")
     assert seen["extras_require"] == {extra: SETTINGS[f"{extra}_requirements"].split() for extra in extras}
     lines = {"lfdm/__init__.py": '__version__ = "{}"', "CITATION.cff": "version: {}", "CHANGELOG.md": "## {}"}
     for file, line in lines.items():

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from ..cache import remembered
-from ..core import number, project_root, shown, typed, unknown
+from ..core import from_extra, number, project_root, shown, typed, unknown
 from ..data import SPLITS, stream
 
 # %% ../../nbs/library/52_image_data.ipynb #c043370f
@@ -240,7 +240,8 @@ class Digits(ImageSet):
 
     def load(self):
         "Both splits."
-        from sklearn.datasets import load_digits
+        with from_extra('images'):
+            from sklearn.datasets import load_digits
         found = load_digits()
         labels = torch.from_numpy(found.target).long()
         images = torch.from_numpy(found.images).to(torch.uint8)[:, None]
@@ -306,13 +307,15 @@ class CIFAR10(ImageSet):
     @classmethod
     def download(cls, path=None):
         "The set, after torchvision has fetched the official files (170 MB) into a folder, as for `path`."
-        from torchvision import datasets
+        with from_extra('images'):
+            from torchvision import datasets
         datasets.CIFAR10(_cifar_root(path), download=True)
         return cls(path)
 
     def load(self):
         "Both splits; raises ValueError on missing or damaged files."
-        from torchvision import datasets
+        with from_extra('images'):
+            from torchvision import datasets
         folder = self.folder.resolve()
         class Files(datasets.CIFAR10): base_folder = folder.name   # it may have another name
         _require_official(self.folder, Files)
@@ -342,7 +345,8 @@ def _checked_cifar_folder(path):
 
 def _require_official(folder, files):
     "Check the files in a folder against torchvision's list of names and MD5 sums."
-    from torchvision.datasets.utils import check_integrity
+    with from_extra('images'):
+        from torchvision.datasets.utils import check_integrity
     listed = [*files.train_list, *files.test_list, (files.meta['filename'], files.meta['md5'])]
     wrong = [name for name, md5 in listed if not check_integrity(folder / name, md5)]
     if not wrong: return
@@ -425,7 +429,8 @@ class _ImageKind(NamedTuple):
 @contextmanager
 def _opened(path):
     "A file as PIL's image, not yet decoded. Raises ValueError if it is too large."
-    from PIL import Image
+    with from_extra('images'):
+        from PIL import Image
     # given a path, PIL maps the memory of plain TIFFs, and garbles those that are to be turned by 90°
     with open(path, 'rb') as file, Image.open(file, formats=FORMATS) as image:
         width, height = image.size
@@ -444,7 +449,8 @@ def _image_kind(image):
 
 def _turn_upright(image):
     "Turn an image as its EXIF data say; damaged ones say nothing."
-    from PIL import ImageOps
+    with from_extra('images'):
+        from PIL import ImageOps
     image.load()
     try: ImageOps.exif_transpose(image, in_place=True)
     except Exception: return
@@ -462,7 +468,8 @@ def _first_kind(files):
 def _image_array(image, size):
     "A decoded image as an array (H, W, C), cut to its central square and resized if a size is given."
     import numpy as np
-    from PIL import Image, ImageOps
+    with from_extra('images'):
+        from PIL import Image, ImageOps
     if size is not None: image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
     return np.atleast_3d(np.asarray(image))
 
@@ -473,7 +480,9 @@ def decode(files: list,         # of images of one mode, 'L' or 'RGB', and one s
            threads: int = None, # default: one for each processor, at most 8
           ) -> tuple:           # (uint8 (n, C, H, W), may any be compressed with loss?); raises ValueError
     "Image files as one tensor of bytes."
-    from tqdm import tqdm
+    with from_extra('images'):
+        import PIL  # noqa: F401  else the error of each file would be that there is none
+        from tqdm import tqdm
     files, size, threads = _checked_files(files), _checked_size(size), _checked_threads(threads)
     example, kind = _first_kind(files)
     if kind: _require_known_modes([example], [kind])

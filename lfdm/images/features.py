@@ -15,15 +15,17 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
 from ..checkpoints import content_digest
-from ..core import checked_seed, lookup, number, seeded, typed, write_whole
+from ..core import checked_seed, from_extra, lookup, number, seeded, typed, write_whole
 from .data import ImageSet, quantize, require_images, scaled
 from .fid import checked_pictures, frechet_distance, moments
+
+with from_extra('studies'):
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import save_file
 
 # %% ../../nbs/library/84_image_features.ipynb #11156dad
 class FeatureNet(nn.Module):

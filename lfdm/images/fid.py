@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..core import Numeric, checked_device, checked_seed, number, shown, typed
+from ..core import Numeric, checked_device, checked_seed, from_extra, number, shown, typed
 from .data import require_images
 
 # %% ../../nbs/library/83_image_fid.ipynb #fd0544ba
@@ -145,7 +145,8 @@ def _no_weights(path):
 
 def _downloaded(path):
     "The official file, fetched and checked."
-    from pytorch_fid.inception import FID_WEIGHTS_URL
+    with from_extra('images'):
+        from pytorch_fid.inception import FID_WEIGHTS_URL
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(path), hash_prefix=INCEPTION_DIGEST)
@@ -210,8 +211,8 @@ def _unreadable(path, error):
 def _built(state, path, dims):
     "pytorch-fid's network with these weights in place of a download."
     from unittest.mock import patch
-
-    import pytorch_fid.inception as theirs
+    with from_extra('images'):
+        import pytorch_fid.inception as theirs
     block = theirs.InceptionV3.BLOCK_INDEX_BY_DIM[dims]
     ours = patch.object(theirs, 'load_state_dict_from_url', lambda *_, **__: state)
     try:
