@@ -20,8 +20,8 @@ _NAMES = {
     'contrastive': 'ContrastiveLoss contrastive_floor',
     'core':
         'LONGEST short shown listed unknown lookup Choice from_spec spec instance number checked_seed '
-        'checked_device seeded Numeric typed expand is_symbolic maths as_number formula from_extra sync '
-        'write_whole project_root',
+        'checked_device seeded Numeric typed expand is_symbolic maths as_number formula from_extra '
+        'in_one_line announce sync write_whole project_root',
     'data':
         'SPLITS MAX_CELLS DATASETS NoDensity stream require_drawn checked_dtype Dataset checked_finite '
         'checked_mixture require_standardized require_points checked_scale checked_scales checked_level '

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LONGEST', 'short', 'shown', 'listed', 'unknown', 'lookup', 'Choice', 'from_spec', 'spec', 'instance', 'number',
            'checked_seed', 'checked_device', 'seeded', 'Numeric', 'typed', 'expand', 'is_symbolic', 'maths',
-           'as_number', 'formula', 'from_extra', 'sync', 'write_whole', 'project_root']
+           'as_number', 'formula', 'from_extra', 'in_one_line', 'announce', 'sync', 'write_whole', 'project_root']
 
 # %% ../nbs/library/00_core.ipynb #6326c1cb
 import ast
@@ -14,6 +14,7 @@ import inspect
 import math
 import os
 import reprlib
+import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import cache, partial, wraps
@@ -412,6 +413,40 @@ def from_extra(name: str,  # of the extra: 'studies', 'images', 'diffusers', ...
         if (e.name or '').partition('.')[0] == 'lfdm': raise
         raise ModuleNotFoundError(f'{e.name} is not installed. It comes with the extra {name!r} of lfdm: '
                                   f'pip install "lfdm[{name}]"', name=e.name, path=e.path) from None
+
+# %% ../nbs/library/00_core.ipynb #tells002
+@contextmanager
+def in_one_line():  # an error is shown by notebooks, and by papermill, without its traceback
+    "What refuses a user's words: `with in_one_line(): number('epochs', epochs, low=1)`."
+    try: yield
+    except (TypeError, ValueError) as e:
+        line = f'{type(e).__name__}: {e}'
+        e._render_traceback_ = lambda: [line]   # IPython asks for it
+        _tell_papermill(line)
+        raise
+
+def announce(text: str,  # lines that a user waits for
+            ):
+    "Print, and print on the terminal of a papermill command, which shows nothing of a notebook by itself."
+    print(text)
+    _tell_papermill(text)
+
+def _tell_papermill(text):
+    "Write where papermill writes: to what was the kernel's standard output before ipykernel took its place."
+    if not _papermill_is_silent(): return
+    try: own = sys.stdout.fileno()
+    except OSError: own = 1   # it is still there
+    os.write(own, f'\n{text}\n'.encode())
+
+def _papermill_is_silent():
+    "Was this kernel started by a papermill command that shows nothing of what it prints?"
+    if 'ipykernel' not in sys.modules: return False
+    import psutil  # ipykernel needs it
+    parent = psutil.Process().parent()
+    try: command = parent.cmdline() if parent else []
+    except psutil.Error: return False
+    shows = {word.partition('=')[0] for word in command} & {'--stdout-file', '--log-output'}
+    return 'papermill' in (Path(word).name for word in command[:3]) and not shows
 
 # %% ../nbs/library/00_core.ipynb #857a25ea
 def sync(path,  # a file, or a folder: then its names

@@ -17,7 +17,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from .checkpoints import training_options
-from .core import checked_device, checked_seed, instance, lookup, number, shown, spec, typed, unknown
+from lfdm.core import (
+    checked_device,
+    checked_seed,
+    in_one_line,
+    instance,
+    lookup,
+    number,
+    shown,
+    spec,
+    typed,
+    unknown,
+)
 from .data import DATASETS
 from .errors import ERRORS, Error
 from .losses import DiffusionLoss
@@ -251,8 +262,9 @@ def parameters_from(namespace: dict,         # a notebook's globals()
     valid = [f.name for f in dataclasses.fields(checked_kind(kind))]
     own = {k: v for k, v in namespace.items() if not str(k).startswith('_') and k not in ('In', 'Out')}
     given = {k: v for k, v in own.items() if k in valid or _is_plain(v)}
-    for k in given:
-        if k not in valid: raise ValueError(unknown('parameter', k, valid))
-    return kind(**given)
+    with in_one_line():
+        for k in given:
+            if k not in valid: raise ValueError(unknown('parameter', k, valid))
+        return kind(**given)
 
 def _is_plain(value): return value is None or isinstance(value, (bool, int, float, str, list, tuple, dict))

@@ -20,6 +20,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
 import warnings
 import zipfile
@@ -483,11 +484,13 @@ def progress_bar():  # a callback for make_run
     "A progress bar for each phase of a run."
     with from_extra('studies'):
         from tqdm import tqdm
-    bars, grid = {}, dict(smoothing=0, bar_format='{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]')
+    kernel = type(sys.stdout).__module__ == 'ipykernel.iostream'
+    file, bars = sys.stdout if kernel else sys.stderr, {}
+    grid = dict(smoothing=0, bar_format='{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]')
     def progress(phase, done, total):
         if phase not in bars or done < bars[phase].n or total != bars[phase].total:
             bars[phase] = tqdm(total=total, initial=done, desc=f'{phase:>6}', unit=UNITS.get(phase, 'it'),
-                               mininterval=1, ncols=80, **grid if phase == 'grid' else {})
+                               mininterval=1, ncols=80, file=file, **grid if phase == 'grid' else {})
         bars[phase].update(done - bars[phase].n)
         if done == total: bars[phase].close()
     return progress

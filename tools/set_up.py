@@ -53,7 +53,7 @@ def install(line):
                 line.say(step, last_line(LOG))
                 time.sleep(0.2)
             if child.returncode:
-                line.end(f"Set-up: {step}: failed after {line.seconds()} s. The end of {LOG.relative_to(ROOT)}:")
+                line.end(f"Set-up: {step}: failed after {line.seconds()} s. The end of .venv/setup.log:")
                 print(*LOG.read_text(errors="replace").splitlines()[-TAIL:], sep="\n")
                 sys.exit(1)
 

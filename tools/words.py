@@ -1,10 +1,11 @@
 """The words of a make command: `make train target=v epochs=5`.
 
-    python tools/words.py check GOALS WORDS     # refuse what no target takes; before any set-up, so nothing is imported
+    python tools/words.py check GOALS WORDS     # refuse what no target takes
     python tools/words.py train WORDS           # run nbs/train.ipynb with them
     python tools/words.py study WORDS NAME...   # run studies
 
-WORDS is make's own list of what was given on the command line ($(MAKEOVERRIDES)): the environment does not count.
+WORDS is make's own list of what was given on the command line, $(MAKEOVERRIDES): the environment does not
+count. The check comes before any set-up, so it needs Python alone.
 """
 import ast
 import difflib
@@ -28,8 +29,9 @@ EVERYWHERE = re.compile(r"PYTHON|SHELL|(UV|PIP|LFDM|OMP)_\w+")
 def parse(words):
     "Make's list of the words of a command line: name -> value."
     parts = re.findall(r"(?:[^\s\\]|\\.)+", words, re.S)
-    pairs = (re.sub(r"\\(.)", r"\1", part, flags=re.S).replace("$$", "$").partition("=") for part in parts)
-    return {name.rstrip(":?+!"): value for name, _, value in reversed([*pairs])}   # make has the last one first
+    texts = [re.sub(r"\\(.)", r"\1", part, flags=re.S).replace("$$", "$") for part in parts]
+    pairs = (text.partition("=") for text in reversed(texts))   # make has the last one first
+    return {name.rstrip(":?+!"): value for name, _, value in pairs}
 
 
 def refuse(message):
@@ -69,7 +71,7 @@ def check(goals, words):
             refuse(unknown("target", goal, targets()) + " What each does: make")
     named = words.get("name", "")
     if "study" in goals and named not in studies():
-        if not named: refuse("which study? make study name=likelihood. There are: " + ", ".join(studies()) + ".")
+        if not named: refuse(f"which study? make study name=likelihood. There are: {', '.join(studies())}.")
         refuse(unknown("study", named, studies()))
     valid = {word: None for goal in goals for word in words_of(goal, named)}
     for name in words:
@@ -90,9 +92,9 @@ def words_of(goal, study):
 # ---- notebooks
 
 def run(notebook, output, given, args=""):
-    "Run a notebook as papermill's own command does. What goes wrong is one line; the rest is in the notebook."
+    "Run a notebook as papermill's command does. What goes wrong is one line; the rest is in the notebook."
     import papermill.cli
-    from papermill.exceptions import PapermillExecutionError, PapermillMissingParameterException
+    from papermill.exceptions import PapermillExecutionError
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     words = [word for name, value in given.items() for word in ("-p", name, value)]
     command = [str(notebook), str(output), "--no-progress-bar", "--stdout-file", "-", "--stderr-file", "-"]
