@@ -67,8 +67,8 @@ lint: $(READY) ## check style, width and unused names of notebooks, modules, tes
 test: $(READY) lint ## run every test: lint, exports, README, links, packaging, site and all notebooks
 	@$(PY) -m pytest $(args)
 
-lab: $(READY) ## open JupyterLab on the notebooks
-	@$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs $(args)
+lab: $(READY) ## open JupyterLab on the front page; a notebook that is saved is cleaned, so that one you only ran leaves no diff
+	@$(PY) -m jupyterlab --config tools/lab.py $(args)
 
 benchmark: $(READY) ## what a network of the study and a training step cost, beside the arithmetic alone (args=--quick: a minute and a half)
 	@$(PY) benchmarks/study.py $(args)
