@@ -80,7 +80,9 @@ docs: $(READY) ## build the site into _docs (with Quarto where it is installed)
 export: $(READY) ## bring lfdm/, README.md and the pages of equations up to date with the notebooks, and clean these
 	@$(PY) -c "from nbdev.doclinks import nbdev_export; nbdev_export()"
 	@$(PY) -c "from nbdev.clean import nbdev_clean; nbdev_clean()"
+	@$(PY) -c "from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()"
 	@$(PY) -c "from lfdm.ledger import write_pages; write_pages()"
+	@$(PY) tools/address.py
 	@$(PY) tools/readme.py
 
 # Later versions of Python pull in a few packages more: each adds its own to those of 3.11.

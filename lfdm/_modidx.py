@@ -2,8 +2,8 @@
 
 d = { 'settings': { 'branch': 'main',
                 'doc_baseurl': '/lfdm',
-                'doc_host': 'https://lfdm.github.io',
-                'git_url': 'https://github.com/lfdm/lfdm',
+                'doc_host': 'https://repository_owner.github.io',
+                'git_url': 'https://github.com/repository_owner/lfdm',
                 'lib_path': 'lfdm'},
   'syms': { 'lfdm.adaptive': { 'lfdm.adaptive.AdaptiveSchedule': ('library/adaptive.html#adaptiveschedule', 'lfdm/adaptive.py'),
                                'lfdm.adaptive.AdaptiveSchedule.__init__': ( 'library/adaptive.html#adaptiveschedule.__init__',

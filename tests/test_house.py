@@ -17,6 +17,7 @@ import yaml
 from fastcore.docments import docments
 from packaging.requirements import Requirement
 
+import address
 import citations
 from tree import ROOT, cells, copy_tree, files, name, notebooks
 
@@ -248,6 +249,33 @@ def test_setup_agrees_with_settings(monkeypatch):
     lines = {"lfdm/__init__.py": '__version__ = "{}"', "CITATION.cff": "version: {}", "CHANGELOG.md": "## {}"}
     for file, line in lines.items():
         assert line.format(SETTINGS["version"]) in (ROOT / file).read_text(encoding="utf-8"), file
+
+
+def test_the_address_stands_once():
+    "In settings.ini; what shows it is written from there."
+    run(sys.executable, "tools/address.py", "--check")
+    ours = address.address()
+    known = {"settings.ini", "tools/address.py", "tests/test_house.py"}
+    for path in files():
+        if path.is_symlink() or name(path) in known or b"\0" in (content := path.read_bytes()): continue
+        shown = {*re.findall(r"https://[\w.-]+/[\w.-]+/lfdm\b(?!/)", content.decode())}
+        assert shown <= {ours}, f"{name(path)}: {shown}"
+
+
+def test_a_new_address_comes_to_every_page(tmp_path):
+    copy = copy_tree(tmp_path)
+    git = ("git", "-c", "user.name=t", "-c", "user.email=t")
+    run(*git, "init", "-q", cwd=copy), run(*git, "add", "-A", cwd=copy)
+    old, page = address.address(), copy / "nbs/guides/scope.ipynb"
+    page.write_text(page.read_text().replace("# ", f"# {old} ", 1))
+    settings = copy / "settings.ini"
+    settings.write_text(re.sub("^user = .*", "user = someone", settings.read_text(), flags=re.M))
+    check = [sys.executable, "tools/address.py", "--check"]
+    done = subprocess.run(check, cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 1 and "CITATION.cff, nbs/guides/scope.ipynb" in done.stderr
+    run(sys.executable, "tools/address.py", cwd=copy), run(*check, cwd=copy)
+    new = "https://github.com/someone/lfdm"
+    for path in (page, copy / "CITATION.cff"): assert new in path.read_text() and old not in path.read_text()
 
 
 def test_constraints_pin_every_requirement():
