@@ -41,7 +41,7 @@ export MALLOC_MMAP_THRESHOLD_ := 33554432
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
 
-setup: $(READY) ## make .venv with the pinned packages (the other targets do this by themselves)
+setup: $(READY) ## make .venv with the pinned packages (the other targets do this by themselves; UV_TORCH_BACKEND=cpu leaves out CUDA)
 	@echo ".venv is ready"
 
 $(READY): settings.ini setup.py constraints.txt
