@@ -23,7 +23,7 @@ from lfdm.core import (
     spec,
     typed,
 )
-from .schedules import SCHEDULES, Level, Schedule, require_formula
+from .schedules import SCHEDULES, Level, Schedule, checked_time, require_formula
 
 # %% ../nbs/library/12_discrete.ipynb #11863ce5
 def _require_falling(name, levels):
@@ -94,7 +94,7 @@ class Staircase(Schedule):
     @property
     def ends_in_noise(self):
         "Is λ_T = -∞? Then one time in T is spent at pure noise."
-        return self._levels[-1].item() == -math.inf
+        return self.logsnr_min == -math.inf
 
     @typed
     def ending_at(self,
@@ -111,7 +111,7 @@ class Staircase(Schedule):
     def logsnr(self, t):
         "λ of the step that t lies in."
         require_formula(self, t)
-        t = as_number(t)
+        t = as_number(checked_time(t, self.steps))
         return self._levels.to(t)[self._index(t)].where(~t.isnan(), t)
 
     def path(self, u): return self.logsnr(u)
@@ -238,8 +238,8 @@ class DDPMSchedule(Staircase):
         self.T = number('T', T, low=1, high=10**6, integer=True)
         self.beta_min = number('beta_min', beta_min, low=1e-12, high=1 - 1e-9)
         self.beta_max = number('beta_max', beta_max, low=self.beta_min, high=1 - 1e-9)
-        self.beta = beta
-        lookup(BETAS, beta, 'beta')
+        self.beta = 'cosine' if beta == 'squaredcos_cap_v2' else beta   # diffusers' word
+        lookup(BETAS, self.beta, 'beta')
         if _checked_zero_snr(zero_snr, self.T): self.zero_snr = True
         log_alpha_bar = torch.log1p(-self.betas).cumsum(0)
         levels = log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))

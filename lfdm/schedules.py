@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'CONTINUOUS', 'Level', 'transition', 'posterior', 'preserving', 'exploding', 'straight', 'require_finite',
-           'require_formula', 'Schedule', 'cosine_path', 'cosine_time', 'CosineSchedule', 'LinearSchedule',
-           'LinearLogSNRSchedule', 'VESchedule', 'ShiftedCosineSchedule', 'BellSchedule', 'EDMTrainSchedule',
-           'EDMSampleSchedule', 'FlowSchedule', 'checked_shift', 'RectifiedFlowSchedule', 'LogitNormalSchedule',
-           'dlog_alpha', 'sde', 'sample_times', 'network_time', 'network_logsnr']
+           'require_formula', 'advice_on_timesteps', 'checked_time', 'Schedule', 'cosine_path', 'cosine_time',
+           'CosineSchedule', 'LinearSchedule', 'LinearLogSNRSchedule', 'VESchedule', 'ShiftedCosineSchedule',
+           'BellSchedule', 'EDMTrainSchedule', 'EDMSampleSchedule', 'FlowSchedule', 'checked_shift',
+           'RectifiedFlowSchedule', 'LogitNormalSchedule', 'dlog_alpha', 'sde', 'sample_times', 'network_time',
+           'network_logsnr']
 
 # %% ../nbs/library/10_schedules.ipynb #7b8540e0
 import math
+from functools import wraps
 from typing import NamedTuple
 
 import torch
@@ -160,9 +162,41 @@ def _require_floating(dtype):
     "Raise TypeError if a dtype holds whole numbers."
     if not dtype.is_floating_point: raise TypeError(f"times need a floating-point dtype, not {dtype}.")
 
+# %% ../nbs/library/10_schedules.ipynb #times002
+def advice_on_timesteps(steps: int = None,  # T, if it is known
+                      ) -> str:
+    "What to do with whole timesteps, for a message."
+    T = steps or 'T'
+    last = steps - 1 if steps else 'T - 1'
+    return f'Of timesteps from 0 to {last} the times are (timesteps + 1) / {T}.'
+
+def checked_time(t,                  # times: a number, an array, a tensor or a symbol
+                 steps: int = None,  # T of the schedule, if it has one
+                ):                   # the same; raises TypeError if it holds whole numbers
+    "Times, if they can be any: a tensor of whole numbers holds timesteps, or labels."
+    if torch.is_tensor(t): whole = t.dtype in _WHOLE
+    else: whole = getattr(t, 'ndim', 0) and getattr(t.dtype, 'kind', 'f') in 'iu'
+    if not whole: return t
+    raise TypeError(f't must be times from 0 to 1, not whole numbers ({t.dtype}). '
+                    f'{advice_on_timesteps(steps)} What a network is told besides has a name, e.g. y=labels.')
+
+_WHOLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+
+def _formula_of_time(function,  # a method of a schedule, of a time alone
+                    ):          # the same for numbers, arrays, tensors and symbols
+    "A door to a formula of time. Raises TypeError for what is no number, and for timesteps."
+    inside = formula(function)
+    @wraps(function)
+    def checked(self, t): return inside(self, checked_time(t, self.steps))
+    return checked
+
 # %% ../nbs/library/10_schedules.ipynb #9156faf7
 class Schedule(Choice):
     "A path λ = f(u), cut to [logsnr_min, logsnr_max] over t in [0, 1], times the scales (α, σ) at λ."
+    synonyms = {'squaredcos_cap_v2': 'ddpm(beta=cosine)'}   # diffusers' words
+    two_meanings = {
+        'scaled_linear': "needs its β: Stable Diffusion's are 'ddpm(beta=scaled_linear, beta_min=0.00085, "
+                         "beta_max=0.012)', diffusers' defaults 'ddpm(beta=scaled_linear)'."}
     steps = None      # T, if there are only T levels
     learned = False   # does it follow the loss?
     in_float64 = _lost = False   # is λ(t) found in float64? is it so since float32 would lose levels?
@@ -181,6 +215,14 @@ class Schedule(Choice):
         _require_times(self)
         self._lost = not self.in_float64 and _loses_levels(self)
 
+    @classmethod
+    def advice(cls, choice):
+        "What to do with numbers, or with a scheduler of diffusers."
+        if hasattr(choice, 'add_noise') or hasattr(choice, 'alphas_cumprod'):
+            return ' from_diffusers(scheduler) of lfdm.interop gives the schedule and the target.'
+        numbers = torch.is_tensor(choice) or hasattr(choice, '__array__') or isinstance(choice, list | tuple)
+        return ' Of β of your own it is BetasSchedule(betas), from lfdm.interop.' if numbers else ''
+
     def __init_subclass__(cls):
         "Each schedule's path takes numbers, arrays, tensors and symbols."
         formulas = ('path', 'inverse', 'slope', 'plain_path', 'plain_inverse', 'plain_slope')
@@ -194,7 +236,7 @@ class Schedule(Choice):
     def reach(self): return -math.inf, math.inf
 
     # the path, cut to its range
-    @formula
+    @_formula_of_time
     def logsnr(self, t):
         "λ(t); Kingma & Gao (85)."
         if is_symbolic(t): return self.path(self._t0 + (self._t1 - self._t0) * t)
@@ -223,7 +265,7 @@ class Schedule(Choice):
         "The time at which λ is reached; Kingma & Gao (88)."
         return (self.inverse(logsnr) - self._t0) / (self._t1 - self._t0)
 
-    @formula
+    @_formula_of_time
     def dlogsnr(self, t):
         "λ′(t), negative."
         return self.dlogsnr_at(self.logsnr(t))
@@ -249,7 +291,7 @@ class Schedule(Choice):
         "The noise level at λ."
         return Level(logsnr, *self.scales(logsnr))
 
-    @formula
+    @_formula_of_time
     def level(self, t):
         "The noise level at time t: λ, α and σ."
         return self.level_at(self.logsnr(t))

@@ -66,6 +66,10 @@ def _example_scale(name, scale, x):
 class Target(Choice):
     "What a network predicts. Subclasses give four formulas in plain arithmetic."
     needs_x = True  # does `encode` use x? If not, ε alone gives the target
+    synonyms = {'epsilon': 'eps', 'noise': 'eps', 'pred_noise': 'eps', 'v_prediction': 'v', 'pred_v': 'v',
+                'sample': 'x', 'x0': 'x', 'pred_x0': 'x', 'flow_prediction': 'flow'}
+    two_meanings = {'velocity': "may be 'v', αε - σx (diffusers' v_prediction and get_velocity), or 'flow', "
+                                "ε - x (flow matching, rectified flow): type one of them."}
 
     def encode(self, x: Numeric, eps: Numeric, alpha: Numeric, sigma: Numeric):
         "y, from data and noise."
