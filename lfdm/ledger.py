@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['NBS', 'REFERENCE', 'PAGES', 'DOCUMENTS', 'TITLES', 'NUMBER', 'STATUSES', 'VERDICTS', 'JOINT', 'RANGE', 'CAN_FAIL',
-           'LINE', 'FIGURES', 'SETTLED', 'OPTIONAL', 'TABLES', 'named', 'heading_id', 'pages', 'read', 'place',
-           'checks', 'mentions', 'entries', 'ledger', 'place_faults', 'faults', 'errata', 'errata_faults',
-           'equation_table', 'status_table', 'errata_table', 'errata_list', 'refreshed', 'settle', 'write_pages']
+           'LINE', 'FIGURES', 'SETTLED', 'OPTIONAL', 'STYLE', 'GREEK', 'TABLES', 'named', 'heading_id', 'pages', 'read',
+           'place', 'checks', 'mentions', 'entries', 'ledger', 'place_faults', 'faults', 'errata', 'errata_faults',
+           'equation_table', 'status_table', 'errata_table', 'errata_list', 'search_entries', 'refreshed', 'settle',
+           'write_pages']
 
 # %% ../nbs/library/04_ledger.ipynb #5ade6401
 import ast
@@ -15,6 +16,7 @@ import json
 import os
 import re
 import tomllib
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -288,8 +290,8 @@ def equation_table(document: str, # in DOCUMENTS
         if row.status == 'special': status = f"proved for {_cell('; '.join(row.cases))}"
         twin = f"; as [{' '.join(row.twin)}](#{_anchor(row.twin)})" if row.twin else ''
         mark = f' ([erratum {marks[key]}](errata.ipynb#erratum-{marks[key]}))' if key in marks else ''
-        lines.append(f'| []{{#{anchor}}}[{key[1]}](#{anchor}) | {_cell(row.says)}{twin}{mark} | {status} | '
-                     f'{_where(row)} |')
+        name = f'[]{{#{anchor}}}[{" ".join(key)}](#{anchor})'
+        lines.append(f'| {name} | {_cell(row.says)}{twin}{mark} | {status} | {_where(row)} |')
     return '\n'.join(lines)
 
 # %% ../nbs/library/04_ledger.ipynb #8030b876
@@ -337,6 +339,21 @@ def errata_list(document: str, # in DOCUMENTS
             f'- *Printed*: {e.printed}', f'- *Right*: {e.right}', f'- *What changes*: {e.changes}',
             f'- *Settled by*: {_settled_by(e, lines)}']))
     return '\n\n'.join(parts)
+
+# %% ../nbs/library/04_ledger.ipynb #a1c2e302
+STYLE = re.compile(r'\\(math\w+|boldsymbol|operatorname|text|tilde|hat|bar|d?t?frac)(?![a-zA-Z]) *')
+GREEK = re.compile(r'\\(alpha|beta|gamma|epsilon|eta|lambda|mu|pi|sigma|tau)(?![a-zA-Z])')
+
+def _plain(says):
+    "A text with its formulas in plain letters."
+    says = re.sub(r'[${}]', '', STYLE.sub('', says.replace('\\Vert', '‖').replace('\\vert', '|')))
+    greek = lambda m: unicodedata.lookup(f'GREEK SMALL LETTER {m[1].replace("lambda", "lamda")}')
+    return GREEK.sub(greek, says).replace('\\', '')
+
+def search_entries() -> list:  # of (name, address of the row from nbs/, what it says)
+    "Each equation's name, the place of its row in the ledger, and its words."
+    return [(' '.join(key), f'{PAGES[0]}#{_anchor(key)}', _plain(fields['says']))
+            for key, fields in entries().items()]
 
 # %% ../nbs/library/04_ledger.ipynb #4962dc24
 TABLES = {f.__name__: f for f in (equation_table, status_table, errata_table, errata_list)}

@@ -1,10 +1,12 @@
 """Build the site into _docs.
 
-nbdev stages the notebooks in _proc, with the documentation of what they export. Quarto renders
-them where it is installed. Elsewhere smalldocs does, from the same _quarto.yml; for it the
-citations, cross-references and page names are first written out (Quarto does that by itself).
+nbdev stages the notebooks in _proc, with the documentation of what they export (signatures.py).
+Quarto renders them where it is installed. Elsewhere smalldocs does, from the same _quarto.yml; for
+it the citations, cross-references and page names are first written out (Quarto does that by itself).
+pages.py gives the pages what both leave out: KaTeX from the site itself, canonical links, names to search.
 """
 import ast
+import importlib.metadata
 import json
 import os
 import re
@@ -15,6 +17,7 @@ import tempfile
 from pathlib import Path
 
 import citations
+import pages
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGE, SITE = ROOT / "_proc", ROOT / "_docs"
@@ -24,9 +27,12 @@ LABEL = re.compile(r"(?:\{#|^#\| label: )((?:eq|fig|tbl)-[\w-]+)", re.M)
 SPARED = "#|eval: false\n"  # as nobody writes it: to be taken away again
 CAPTION = re.compile(r"^#\| (fig|tbl)-cap: (.*)$", re.M)
 # options that smalldocs need not know
-FOR_QUARTO = re.compile("bibliography|execute.enabled|html-math-method|link-citations|output-file")
+FOR_QUARTO = re.compile("bibliography|execute.enabled|grid|html-math-method|link-citations|output-file"
+                        "|respect-user-color-scheme")
 CONTINUED = re.compile(r"\n#\|  +(?=\S)")
-WEB_FONTS = re.compile(r"@import url\(https://fonts[^)]*\);")
+SHOWN = re.compile(r"^#\| (hide|(echo|include): false|code-fold)|^show_doc", re.M)  # nothing to fold
+# pages that are read for their results: their code is folded
+FOLDED = ("experiments/*", "guides/which_*", "guides/what_*", "guides/scope*", "guides/map*")
 REF = re.compile(r"(?<![\w\[])@((?:eq|fig|tbl)-[\w-]+)")
 
 
@@ -38,19 +44,44 @@ def demonstrates(source):
     return bool(imports) and len(imports) < len(tree.body) or any(node not in tree.body for node in imports)
 
 
-def prepare(path):
+def quoted(text):
+    "A text as YAML takes it whatever stands in it, a colon for example."
+    return json.dumps(text.strip().strip("\"'"), ensure_ascii=False)
+
+
+def in_plain_words(markdown):
+    "The last paragraph of a Markdown text without its marks, for those who cannot see the picture below it."
+    text = re.sub(r"\$\$.*?\$\$|^#+ .*$|^```.*?^```|\{[^}]*\}|\[@[^\]]*\]", "", markdown, flags=re.S | re.M)
+    last = text.strip().split("\n\n")[-1]
+    last = re.sub(r"\[([^\]]*)\]\([^)]*\)|<[^>]*>|[*_`$\\|]|^[->#\d.]+ ", r"\1", last, flags=re.M)
+    return " ".join(last.split())
+
+
+def with_words(source, above):
+    "A code cell with a caption that YAML can read and, from it or from the prose above, an alt text."
+    caption = re.search(r"^#\| fig-cap: (.*)$", source, re.M)
+    source = CAPTION.sub(lambda m: f"#| {m[1]}-cap: {quoted(m[2])}", source)
+    alt = caption[1] if caption else above
+    return f"#| fig-alt: {quoted(alt)}\n{source}" if alt and "#| fig-alt" not in source else source
+
+
+def prepare(path, name):
     """Make a copy of a notebook ready for nbdev.
 
     A long caption goes on in lines that begin with `#|` and two spaces: nbdev wants it in one. To document
     what a notebook exports, nbdev runs each cell with an import: have it leave out the lessons.
     """
-    page = json.loads(path.read_text(encoding="utf-8"))
+    page, above = json.loads(path.read_text(encoding="utf-8")), ""
+    folded = any(name.match(pattern) for pattern in FOLDED)
     for cell in page["cells"]:
+        source = CONTINUED.sub(" ", "".join(cell["source"]))
+        if cell["cell_type"] == "markdown": above = in_plain_words(source) or above
         if cell["cell_type"] != "code": continue
-        source = cell["source"] = CONTINUED.sub(" ", "".join(cell["source"]))
-        wanted = re.search(r"^#\| export|^show_doc", source, re.M)
-        if demonstrates(source) and not wanted:
-            cell["source"] = SPARED + source
+        exported = re.search(r"^#\| export|^show_doc", source, re.M)
+        drawn = any("image/png" in out.get("data", {}) for out in cell["outputs"])
+        source = with_words(source, above if drawn else "")
+        if folded and not SHOWN.search(source): source = "#| code-fold: true\n" + source
+        cell["source"] = SPARED + source if demonstrates(source) and not exported else source
     path.write_text(json.dumps(page), encoding="utf-8")
 
 
@@ -58,20 +89,24 @@ def stage():
     "Fill _proc."
     shutil.rmtree(STAGE, ignore_errors=True)
     with tempfile.TemporaryDirectory() as folder:
-        pages = Path(shutil.copytree(ROOT / "nbs", Path(folder) / "nbs"))  # with what it links to
-        for path in pages.rglob("*.ipynb"): prepare(path)
+        nbs = Path(shutil.copytree(ROOT / "nbs", Path(folder) / "nbs"))  # with what it links to
+        for path in nbs.rglob("*.ipynb"): prepare(path, path.relative_to(nbs))
         # nbdev wants some `quarto` on the PATH, even where only smalldocs will follow
         stand_in = Path(folder) / "quarto"
         stand_in.write_text("#!/bin/sh\n")
         stand_in.chmod(0o755)
-        env = os.environ | {"PATH": os.environ["PATH"] + os.pathsep + folder, "PYTHONPATH": str(ROOT)}
+        env = os.environ | {"PATH": os.environ["PATH"] + os.pathsep + folder,
+                            "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tools")))}
         # each page has a shell of its own, and all of them would collect the garbage of all at the end
-        code = ("import os, sys; from nbdev.quarto import nbdev_proc_nbs; "
-                f"nbdev_proc_nbs(path={str(pages)!r}, n_workers=0); sys.stdout.flush(); os._exit(0)")
+        code = ("import os, sys, signatures; from nbdev.quarto import nbdev_proc_nbs; "
+                f"nbdev_proc_nbs(path={str(nbs)!r}, n_workers=0); sys.stdout.flush(); os._exit(0)")
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True)
     for path in STAGE.rglob("*.ipynb"):
         text = path.read_text(encoding="utf-8")
         path.write_text(text.replace(json.dumps(SPARED)[1:-1], ""), encoding="utf-8")
+    site = STAGE / "_quarto.yml"
+    text = site.read_text(encoding="utf-8").replace("REPOSITORY", pages.fact("repo-url"))
+    site.write_text(text, encoding="utf-8")
 
 
 def number_labels(text):
@@ -104,10 +139,8 @@ def number_caption(source, labels):
     "A code cell with its figure's number before the caption."
     label = LABEL.search(source)
     if not label: return source
-    def caption(m):
-        text = f"{labels[label[1]][1]}: " + m[2].strip("\"'")
-        return f"#| {m[1]}-cap: " + json.dumps(text, ensure_ascii=False)
-    return CAPTION.sub(caption, source)
+    number = labels[label[1]][1]
+    return CAPTION.sub(lambda m: f"#| {m[1]}-cap: {quoted(number + ': ' + json.loads(m[2]))}", source)
 
 
 def for_smalldocs(path, refs):
@@ -144,10 +177,17 @@ def name_pages():
     for old, new in renamed.items(): old.rename(new)
 
 
+def quarto():
+    "Quarto's program: on the PATH, or the one that the package quarto-cli has put beside this Python."
+    beside = Path(sys.executable).with_name("quarto")
+    return shutil.which("quarto") or (str(beside) if beside.exists() else None)
+
+
 def render():
-    "Make the pages, in _proc/_docs."
-    if shutil.which("quarto"):
-        return subprocess.run(["quarto", "render", "--no-cache"], cwd=STAGE, check=True)
+    "Make the pages, in _proc/_docs; the name of what made them."
+    if program := quarto():
+        subprocess.run([program, "render", "--no-cache"], cwd=STAGE, check=True)
+        return "Quarto " + subprocess.check_output([program, "--version"], text=True).strip()
     from smalldocs.site import build
     refs = citations.references()
     name_pages()
@@ -156,23 +196,14 @@ def render():
         except ValueError as e: sys.exit(f"{path.name}: {e}")
     for warning in build(STAGE, quiet=True).warnings:
         if not FOR_QUARTO.search(warning): print("warning:", warning)
-    for theme in (STAGE / "_docs").rglob("themes/*.css"):  # the reader's own fonts will do
-        theme.write_text(WEB_FONTS.sub("", theme.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-def link_inside():
-    "nbdev links names to the published site: make these links relative, so that any copy is whole."
-    address = re.search(r'site-url: "(.+)"', (ROOT / "nbs" / "nbdev.yml").read_text(encoding="utf-8"))[1]
-    for page in SITE.rglob("*.html"):
-        up = "../" * (len(page.relative_to(SITE).parts) - 1)
-        html = page.read_text(encoding="utf-8")
-        page.write_text(html.replace(f'<a href="{address}/', f'<a href="{up}'), encoding="utf-8")
+    return "smalldocs " + importlib.metadata.version("smalldocs")
 
 
 if __name__ == "__main__":
     stage()
-    render()
+    builder = render()
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.move(STAGE / "_docs", SITE)
-    link_inside()
-    print(f"{len(list(SITE.rglob('*.html')))} pages: {SITE.relative_to(ROOT) / 'index.html'}")
+    pages.finish(SITE)
+    count = len(list(SITE.rglob("*.html")))
+    print(f"{count} pages, made by {builder}: {SITE.relative_to(ROOT) / 'index.html'}")
