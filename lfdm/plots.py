@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'LABELS', 'DASHES', 'STABLE', 'ANONYMOUS', 'DPI', 'use_style', 'freeze_layout', 'shrunk', 'render',
-           'describe', 'save_figure', 'figure_record', 'show', 'keep', 'scatter', 'band', 'forward_row', 'plot_forward',
-           'score_field', 'plot_loss', 'plot_loss_per_logsnr', 'plot_samples', 'show_images', 'plot_noisy_images',
-           'plot_image_samples']
+           'describe', 'PlainLog', 'save_figure', 'figure_record', 'show', 'keep', 'scatter', 'band', 'forward_row',
+           'plot_forward', 'score_field', 'plot_loss', 'plot_loss_per_logsnr', 'plot_samples', 'show_images',
+           'plot_noisy_images', 'plot_image_samples']
 
 # %% ../nbs/library/99_plots.ipynb #b46643de
 import io
@@ -32,6 +32,7 @@ with from_extra('studies'):
     from matplotlib.axes import Axes
     from matplotlib.colors import is_color_like
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatterSciNotation
     from PIL import Image, UnidentifiedImageError
     from PIL.PngImagePlugin import PngInfo
 
@@ -135,6 +136,20 @@ def _tell_scale(fig, scale, reduced):
     title = fig.suptitle(text, ha='left', size='small', color='gray', gid='scale')
     title.set_x(0)   # now: at x=0 from the start it gets no space of its own
 
+# %% ../nbs/library/99_plots.ipynb #plain002
+class PlainLog(LogFormatterSciNotation):
+    "Numbers of a logarithmic axis as people write them."
+    def __call__(self, x, pos=None):
+        shown = super().__call__(x, pos)
+        return f'{x:,.10g}' if shown and 1e-5 <= x <= 1e6 else shown
+
+def _plain_numbers(fig):
+    "Plain numbers on the logarithmic axes of a figure that nobody gave others."
+    for axis in (axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)):
+        if type(axis.get_major_formatter()) is LogFormatterSciNotation: axis.set_major_formatter(PlainLog())
+        if type(axis.get_minor_formatter()) is LogFormatterSciNotation:
+            axis.set_minor_formatter(PlainLog(labelOnlyBase=False))
+
 # %% ../nbs/library/99_plots.ipynb #713cb066
 @typed
 def save_figure(fig: Figure,          # what to save
@@ -148,6 +163,7 @@ def save_figure(fig: Figure,          # what to save
     description = describe(name, parameters, scale)
     folder = Path(folder or place('figures', scale))
     _tell_scale(fig, scale, reduced)
+    _plain_numbers(fig)
     freeze_layout(fig, 1 if scale == 'smoke' else 4)
     content = {form: render(fig, form, description) for form in ANONYMOUS}
     folder.mkdir(parents=True, exist_ok=True)
