@@ -698,7 +698,8 @@ def verdict(low: float,     # of the interval of a ratio
     return 'matters' if high < 1 / margin or low > margin else 'differs, perhaps by less than matters'
 
 # %% ../nbs/library/98_studies.ipynb #advice02
-ADVICE = ('question', 'answer', 'conditions', 'sure', 'record', 'row', 'page')   # fields of a recommendation
+ADVICE = ('question', 'answer', 'conditions', 'sure', 'record', 'row', 'page',
+          'front')   # fields of a recommendation; front: it stands on the front page
 
 # %% ../nbs/library/98_studies.ipynb #advice0b
 def advice() -> list:  # of dicts with the fields ADVICE; raises ValueError, FileNotFoundError
