@@ -160,6 +160,13 @@ def render():
         theme.write_text(WEB_FONTS.sub("", theme.read_text(encoding="utf-8")), encoding="utf-8")
 
 
+def add_explorer():
+    "Write the explorer, which its guide shows in a frame."
+    code = "import sys; from lfdm.explorer import write_explorer; write_explorer(sys.argv[1])"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code, SITE / "explorer" / "index.html"], cwd=ROOT, env=env, check=True)
+
+
 def link_inside():
     "nbdev links names to the published site: make these links relative, so that any copy is whole."
     address = re.search(r'site-url: "(.+)"', (ROOT / "nbs" / "nbdev.yml").read_text(encoding="utf-8"))[1]
@@ -175,4 +182,5 @@ if __name__ == "__main__":
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.move(STAGE / "_docs", SITE)
     link_inside()
+    add_explorer()
     print(f"{len(list(SITE.rglob('*.html')))} pages: {SITE.relative_to(ROOT) / 'index.html'}")
