@@ -20,5 +20,5 @@ setup(
     extras_require={key.removesuffix("_requirements"): c[key].split()
                     for key in c if key.endswith("_requirements")},
     entry_points={"nbdev": [f"{c['lib_name']}={c['lib_name']}._modidx:d"]},
-    package_data={"lfdm": ["*.toml"]}, zip_safe=False,
+    package_data={"lfdm": ["*.toml", "explorer_page/*"]}, zip_safe=False,
 )

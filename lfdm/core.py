@@ -375,6 +375,10 @@ _TENSOR_MATHS = SimpleNamespace(
     ndtr=lambda y: torch.special.erfc(-y / 2**0.5) / 2,
     ndtri=torch.special.ndtri)
 
+_NUMBER_MATHS = SimpleNamespace(
+    pi=math.pi, log=math.log, exp=math.exp, sqrt=math.sqrt, expm1=math.expm1, log1p=math.log1p,
+    lgamma=math.lgamma)   # of options, which are single numbers
+
 @cache
 def _symbol_maths():
     "The same functions for sympy, which is slow to import and seldom needed."
@@ -384,7 +388,7 @@ def _symbol_maths():
         log=sympy.log, exp=sympy.exp, sqrt=sympy.sqrt,
         expm1=lambda y: sympy.exp(y) - 1, log1p=lambda y: sympy.log(1 + y),
         sin=sympy.sin, cos=sympy.cos, atan=sympy.atan, cosh=sympy.cosh, tanh=sympy.tanh,
-        sign=sympy.sign,
+        sign=sympy.sign, lgamma=sympy.loggamma,
         sigmoid=lambda y: 1 / (1 + sympy.exp(-y)),
         softplus=lambda y: sympy.log(1 + sympy.exp(y)),
         maximum=sympy.Max,
@@ -399,9 +403,10 @@ def is_symbolic(t,       # anything
     if isinstance(t, torch.Tensor | float): return False   # at once
     return hasattr(t, 'free_symbols') or type(t).__module__.split('.')[0] == 'sympy'
 
-def maths(t,                   # a tensor or a sympy expression
-         ) -> SimpleNamespace: # log, exp, sqrt, sin, ..., softplus, ndtr and pi
+def maths(t,                   # a tensor, a sympy expression, or an option: a float
+         ) -> SimpleNamespace: # log, exp, sqrt, sin, ..., softplus, ndtr and pi; fewer of a float
     "The elementary functions that fit the argument's type: one formula serves code and proof."
+    if isinstance(t, float): return _NUMBER_MATHS
     return _symbol_maths() if is_symbolic(t) else _TENSOR_MATHS
 
 # %% ../nbs/library/00_core.ipynb #06c83322

@@ -154,7 +154,7 @@ class BetaSchedule(FlowSchedule):
 
     def plain_slope(self, logsnr):
         m, k = maths(logsnr), logsnr / 2
-        log_beta = math.lgamma(self.a) + math.lgamma(self.b) - math.lgamma(self.a + self.b)
+        log_beta = sum(maths(q).lgamma(q) for q in (self.a, self.b)) - maths(self.a).lgamma(self.a + self.b)
         return -2 * m.exp(log_beta + self.a * m.softplus(k) + self.b * m.softplus(-k))
 
     def reach(self): return self.path(as_number(1 - 1e-13)).item(), math.inf   # further down, t rounds to 1

@@ -459,27 +459,31 @@ class EDMSampleSchedule(Schedule):
         return -2 * self.rho * self._growth() * r
     def _growth(self):
         "r_1/r_0 - 1."
-        return math.expm1((self.logsnr_max - self.logsnr_min) / (2 * self.rho))
+        return maths(self.rho).expm1((self.logsnr_max - self.logsnr_min) / (2 * self.rho))
 
 # %% ../nbs/library/10_schedules.ipynb #flowbase
 class FlowSchedule(Schedule):
     "A straight line from data to noise, with a shift. Subclasses give the path as it is before that."
     scales = staticmethod(straight)
     shift = 1.    # kept and named only where there is one
-    _moved = 0.   # 2 log s
 
     def __init__(self,
                  logsnr_min: float = -12.9,  # λ at t = 1
                  logsnr_max: float = 12.9,   # λ at t = 0
                  shift: float = 1.,          # s: σ becomes sσ/(1 + (s - 1)σ), which lowers λ by 2 log s
                 ):
-        if checked_shift(shift) != 1: self.shift, self._moved = shift, 2 * math.log(shift)
+        if checked_shift(shift) != 1: self.shift = checked_shift(shift)
         super().__init__(logsnr_min, logsnr_max)
 
     # the path before the shift, given by each schedule
     def plain_path(self, u): raise NotImplementedError
     def plain_inverse(self, logsnr): raise NotImplementedError
     def plain_slope(self, logsnr): raise NotImplementedError
+
+    @property
+    def _moved(self):
+        "2 log s."
+        return 2 * maths(self.shift).log(self.shift)
 
     def path(self, u): return self.plain_path(u) - self._moved
     def inverse(self, logsnr): return self.plain_inverse(logsnr + self._moved)
@@ -520,7 +524,7 @@ class LogitNormalSchedule(BellSchedule):
     @property
     def mean(self):
         "Mean of λ."
-        return -2 * (self.m + math.log(self.shift))
+        return -2 * (self.m + maths(self.shift).log(self.shift))
 
     @property
     def std(self):

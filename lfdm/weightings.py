@@ -134,7 +134,7 @@ class SoftMinSNR(EpsFactor):
                  gamma: float = 5.,  # γ
                 ):
         self.gamma = number('gamma', gamma, low=0, high=1e12, above=True)
-    def g(self, logsnr): return maths(logsnr).sigmoid(math.log(self.gamma) - logsnr)
+    def g(self, logsnr): return maths(logsnr).sigmoid(maths(self.gamma).log(self.gamma) - logsnr)
 
 # %% ../nbs/library/30_weightings.ipynb #debias01
 class Debiased(EpsFactor):

@@ -3,6 +3,7 @@ import itertools
 
 import numpy as np
 import PIL.Image
+import sympy
 import torch
 
 from lfdm.adaptive import AdaptiveSchedule
@@ -50,6 +51,7 @@ LEFT = {
                     "called by its owner"),
     **dict.fromkeys(["Bracket", "Values", "Errors"], "made by bracket"),
     **dict.fromkeys(["Row", "Row.with_numbers", "Row.curve", "Row.loss"], "from a file, checked there"),
+    **dict.fromkeys(["explorer_data", "explorer_page", "write_explorer"], "seconds each: test_explorer.py"),
     **dict.fromkeys(["inception", "inception_file", "fid", "CIFAR10", "advice"], "needs files not here")}
 
 # What looks wrong and is right here: (function, argument, kind).
@@ -192,6 +194,8 @@ def examples(folder):
         bracket=dict(x=randn(40, 2), held_out=randn(8, 2), labels=None, held_out_labels=None, transform=None,
                      logsnr=torch.tensor([-3., 0., 3.]), draws=4, components=2, copies=1, reduction="mean"),
         own_w=dict(own=dict(a='1 - u', b='u', y='e - x', weight='1')), which_loss=dict(code='diffusers'),
+        symbolic=dict(cls=CosineSchedule), schedule_formulas=dict(cls=CosineSchedule),
+        as_javascript=dict(expression=sympy.Symbol('x')),
         verdict=dict(low=.9, high=1.2, p=.5, margin=1.1), next_rates=dict(means={1e-3: 1.}),
         outcomes=dict(parameters=[p]),
         # images

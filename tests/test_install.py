@@ -17,7 +17,10 @@ def test_wheel(tmp_path):
     with zipfile.ZipFile(wheel) as files:
         assert {name: files.read(name) for name in files.namelist() if name.endswith(".py")} == modules
         info = files.read(next(name for name in files.namelist() if name.endswith("METADATA"))).decode()
+        page = {name: files.read(name) for name in files.namelist() if name.startswith("lfdm/explorer_page/")}
     assert "lfdm/images/data.py" in modules
+    ours = (ROOT / "lfdm/explorer_page").iterdir()
+    assert page == {str(path.relative_to(ROOT)): path.read_bytes() for path in ours}
     always = [line for line in re.findall("^Requires-Dist.*", info, re.M) if "extra ==" not in line]
     assert any("torch" in line for line in always)
     assert not [line for line in always if "jupyter" in line or "nbdev" in line or "papermill" in line]

@@ -199,11 +199,19 @@ def render():
     return "smalldocs " + importlib.metadata.version("smalldocs")
 
 
+def add_explorer():
+    "Write the explorer, which its guide shows in a frame."
+    code = "import sys; from lfdm.explorer import write_explorer; write_explorer(sys.argv[1])"
+    page, env = SITE / "explorer" / "index.html", os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code, page], cwd=ROOT, env=env, check=True)
+
+
 if __name__ == "__main__":
     stage()
     builder = render()
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.move(STAGE / "_docs", SITE)
     pages.finish(SITE)
+    add_explorer()
     count = len(list(SITE.rglob("*.html")))
     print(f"{count} pages, made by {builder}: {SITE.relative_to(ROOT) / 'index.html'}")
