@@ -34,8 +34,8 @@ SCHEDULES_MOVED = [
     "cosine(-9, 7.5)", "shifted_cosine(-11, 10, 0.7)", "linear(-4.5, 10.5, 0.05, 12)",
     "linear_logsnr(-8, 15)", "ve(-6.5, 9)", "edm_train(-8, 11, 1.1, 1.7)", "edm_sample(-7, 14, 4)",
     "rectified_flow(-9, 11, 3)", "logit_normal(-8, 7, -0.4, 0.8, 2)", "adaptive(-9, 8)",
-    "laplace(-6, 9, 1, 0.8)", "cauchy(-9, 10, -1, 2)", "cosmap(-10, 9, 0.5)", "mode(-9, 10, -0.7, 2)", "beta(-9, 10, 1.4, 2.6, 0.7)",
-    *CHAINS]
+    "laplace(-6, 9, 1, 0.8)", "cauchy(-9, 10, -1, 2)", "cosmap(-10, 9, 0.5)", "mode(-9, 10, -0.7, 2)",
+    "beta(-9, 10, 1.4, 2.6, 0.7)", *CHAINS]
 TARGETS_MOVED = ["x", "eps", "v", "score", "F(1.3)", "flow"]
 WEIGHTINGS_MOVED = [
     "nelbo", "weighted", "rescaled", "simple", "snr", "snr_plus_one", "truncated_snr", "min_snr(2)",
