@@ -140,8 +140,8 @@ def _tell_scale(fig, scale, reduced):
 class PlainLog(LogFormatterSciNotation):
     "Numbers of a logarithmic axis as people write them."
     def __call__(self, x, pos=None):
-        shown = super().__call__(x, pos)
-        return f'{x:,.10g}' if shown and 1e-5 <= x <= 1e6 else shown
+        shown, (low, high) = super().__call__(x, pos), sorted(self.axis.get_view_interval())
+        return f'{x:,.10g}' if shown and low >= 1e-6 and high <= 1e7 else shown
 
 def _plain_numbers(fig):
     "Plain numbers on the logarithmic axes of a figure that nobody gave others."
