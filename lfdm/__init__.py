@@ -15,13 +15,13 @@ _NAMES = {
     'brackets': 'LARGEST FITTED Values Errors Bracket overlap bracket',
     'cache': 'npz_bytes require_array cached_arrays key_of cache_root remembered',
     'checkpoints':
-        'UNUSABLE training_options require_network write_checkpoint content_digest Checkpoint read_checkpoint '
-        'require_state require_match restore',
+        'UNUSABLE training_options require_network write_checkpoint content_digest Checkpoint '
+        'read_checkpoint require_state require_match restore',
     'contrastive': 'ContrastiveLoss contrastive_floor',
     'core':
-        'LONGEST short shown listed unknown lookup Choice from_spec spec instance number checked_seed '
-        'checked_device seeded Numeric typed expand is_symbolic maths as_number formula from_extra '
-        'in_one_line announce sync write_whole project_root',
+        'LONGEST short shown listed unknown lookup Choice from_spec spec own_word instance number '
+        'checked_seed checked_device seeded Numeric typed expand is_symbolic maths as_number formula '
+        'from_extra in_one_line announce sync write_whole project_root',
     'data':
         'SPLITS MAX_CELLS DATASETS NoDensity stream require_drawn checked_dtype Dataset checked_finite '
         'checked_mixture require_standardized require_points checked_scale checked_scales checked_level '
@@ -33,19 +33,22 @@ _NAMES = {
     'errors': 'SCALES_OF_C ERRORS Error ScaledError Squared L1 Huber PseudoHuber LogCosh',
     'evaluation':
         'DISTANCES require_method floor_per_logsnr floor require_comparable require_finite mean_distance '
-        'covariance_distance unit_vectors sliced_wasserstein sorted_lines distance_of_lines noise_floor judge '
-        'require_samples',
+        'covariance_distance unit_vectors sliced_wasserstein sorted_lines distance_of_lines noise_floor '
+        'judge require_samples',
+    'explorer':
+        'SLIDERS WORDS IDLE CHAINS FLOOR_FROM FLOOR_TO FLOOR_STEP EXACT symbolic as_javascript '
+        'schedule_formulas rules explorer_formulas explorer_data explorer_page write_explorer',
     'folders': 'SCALES checked_scale checked_name runs_root place suffixed',
     'grids':
-        'SHARED KEEPS_MEMORY EVALUATIONS grid stacks_of checked_all train_stacked sample_stacked side_by_side '
-        'make_grid Runs make_images',
+        'SHARED KEEPS_MEMORY EVALUATIONS grid stacks_of checked_all train_stacked sample_stacked '
+        'side_by_side make_grid Runs make_images',
     'images.data':
         'EDGE ENDINGS FOREIGN FORMATS CHANNELS LOSSY MOST_PIXELS MANY TOO_MANY MOST_BYTES IMAGES '
         'require_bytes require_images dequantize scaled quantize dequantization_bits ImageSet stratified '
         'Digits image_grid CIFAR10 class_files decode ImageFolder',
     'images.features':
-        'FEATURES_VERSION MANY_IMAGES SMALL LARGE FeatureNet classifier_features feature_net feature_distance '
-        'classifier_view',
+        'FEATURES_VERSION MANY_IMAGES SMALL LARGE FeatureNet classifier_features feature_net '
+        'feature_distance classifier_view',
     'images.fid':
         'INCEPTION_FILE INCEPTION_DIGEST INCEPTION_DIMS MOST_WEIGHTS moments frechet_distance inception_file '
         'inception checked_pictures fid stated',
@@ -63,22 +66,22 @@ _NAMES = {
         'PREDICTIONS BETA_SCHEDULES SCHEDULERS BetasSchedule from_diffusers to_diffusers as_network as_unet',
     'ledger':
         'NBS REFERENCE PAGES DOCUMENTS TITLES NUMBER STATUSES VERDICTS JOINT RANGE CAN_FAIL LINE FIGURES '
-        'SETTLED OPTIONAL TABLES named heading_id pages read place checks mentions entries ledger '
-        'place_faults faults errata errata_faults equation_table status_table errata_table errata_list '
-        'refreshed settle write_pages',
+        'SETTLED OPTIONAL STYLE GREEK TABLES named heading_id pages read place checks mentions entries '
+        'ledger place_faults faults errata errata_faults equation_table status_table errata_table '
+        'errata_list search_entries refreshed settle write_pages',
     'likelihood':
         'DECODERS flow_log_prob checked_data checked_trace prior_kl Bound nelbo bits_per_dim '
         'discrete_reconstruction ImageBound image_bound flow_bits_per_dim',
     'lookup': 'own_w Row code_bases which_loss',
-    'losses': 'predict draw require_batch require_prediction require_shape DiffusionLoss',
+    'losses': 'predict draw require_batch require_shape require_prediction DiffusionLoss',
     'networks': 'MLP StackedMLP',
     'parameters':
         'RESULTS_VERSION RANGE_FIELDS ALSO_JUDGED_BY whole_number name_in choice_in schedule_named '
         'checked_schedule checked_kind require_enough require_fields checked_precision RunParameters '
         'Parameters valid_names parameters_from',
     'plots':
-        'COLORS LABELS DASHES STABLE ANONYMOUS DPI use_style freeze_layout shrunk render describe save_figure '
-        'figure_record show keep scatter band forward_row plot_forward score_field plot_loss '
+        'COLORS LABELS DASHES STABLE ANONYMOUS DPI use_style freeze_layout shrunk render describe '
+        'save_figure figure_record show keep scatter band forward_row plot_forward score_field plot_loss '
         'plot_loss_per_logsnr plot_samples show_images plot_noisy_images plot_image_samples',
     'proofs': 'prove check refute',
     'runs':
@@ -88,10 +91,10 @@ _NAMES = {
     'sampling': 'sampling checked_schedule checked_shape sample stack_denoiser sample_stack',
     'schedules':
         'SCHEDULES CONTINUOUS Level transition posterior preserving exploding straight require_finite '
-        'require_formula Schedule cosine_path cosine_time CosineSchedule LinearSchedule LinearLogSNRSchedule '
-        'VESchedule ShiftedCosineSchedule BellSchedule EDMTrainSchedule EDMSampleSchedule FlowSchedule '
-        'checked_shift RectifiedFlowSchedule LogitNormalSchedule dlog_alpha sde sample_times network_time '
-        'network_logsnr',
+        'require_formula advice_on_timesteps checked_time Schedule cosine_path cosine_time CosineSchedule '
+        'LinearSchedule LinearLogSNRSchedule VESchedule ShiftedCosineSchedule BellSchedule EDMTrainSchedule '
+        'EDMSampleSchedule FlowSchedule checked_shift RectifiedFlowSchedule LogitNormalSchedule dlog_alpha '
+        'sde sample_times network_time network_logsnr',
     'score_matching':
         'DIRECTIONS OBJECTIVES require_differentiable divergence projected_divergence probe_vectors '
         'checked_kind checked_score Objective Explicit Denoising Implicit Hutchinson Sliced require_fixed '
@@ -120,9 +123,9 @@ _NAMES = {
         'level_grid exact_slope eps_slope ELBOs elbos exact_elbos model_elbos weight over_slopes over_elbos '
         'augmentation over_augmentation draw_levels elbo_shares kl_and_fisher',
     'weightings':
-        'WEIGHTINGS Weighting LogSNRWeighting EpsFactor NELBO Weighted Rescaled Simple SNR SNRPlusOne '
-        'TruncatedSNR MinSNR SoftMinSNR Debiased JiT CosMapWeight P2 DDPMVLB Sech Exponential Sigmoid EDM '
-        'EDMMonotonic as_triple Implied Monotonic implied_w rising_intervals',
+        'WEIGHTINGS CHOICES Weighting LogSNRWeighting EpsFactor NELBO Weighted Rescaled Simple SNR '
+        'SNRPlusOne TruncatedSNR MinSNR SoftMinSNR Debiased JiT CosMapWeight P2 DDPMVLB Sech Exponential '
+        'Sigmoid EDM EDMMonotonic as_triple Implied Monotonic implied_w rising_intervals',
 }
 _MODULES = (*_NAMES, 'images')
 _HOMES = {}   # name -> the modules that have it

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLORS', 'LABELS', 'DASHES', 'STABLE', 'ANONYMOUS', 'DPI', 'use_style', 'freeze_layout', 'shrunk', 'render',
-           'describe', 'PlainLog', 'save_figure', 'figure_record', 'show', 'keep', 'scatter', 'band', 'forward_row',
-           'plot_forward', 'score_field', 'plot_loss', 'plot_loss_per_logsnr', 'plot_samples', 'show_images',
-           'plot_noisy_images', 'plot_image_samples']
+           'describe', 'save_figure', 'figure_record', 'show', 'keep', 'scatter', 'band', 'forward_row', 'plot_forward',
+           'score_field', 'plot_loss', 'plot_loss_per_logsnr', 'plot_samples', 'show_images', 'plot_noisy_images',
+           'plot_image_samples']
 
 # %% ../nbs/library/99_plots.ipynb #b46643de
 import io
@@ -137,7 +137,7 @@ def _tell_scale(fig, scale, reduced):
     title.set_x(0)   # now: at x=0 from the start it gets no space of its own
 
 # %% ../nbs/library/99_plots.ipynb #plain002
-class PlainLog(LogFormatterSciNotation):
+class _PlainLog(LogFormatterSciNotation):
     "Numbers of a logarithmic axis as people write them."
     def __call__(self, x, pos=None):
         shown, (low, high) = super().__call__(x, pos), sorted(self.axis.get_view_interval())
@@ -146,9 +146,9 @@ class PlainLog(LogFormatterSciNotation):
 def _plain_numbers(fig):
     "Plain numbers on the logarithmic axes of a figure that nobody gave others."
     for axis in (axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)):
-        if type(axis.get_major_formatter()) is LogFormatterSciNotation: axis.set_major_formatter(PlainLog())
+        if type(axis.get_major_formatter()) is LogFormatterSciNotation: axis.set_major_formatter(_PlainLog())
         if type(axis.get_minor_formatter()) is LogFormatterSciNotation:
-            axis.set_minor_formatter(PlainLog(labelOnlyBase=False))
+            axis.set_minor_formatter(_PlainLog(labelOnlyBase=False))
 
 # %% ../nbs/library/99_plots.ipynb #713cb066
 @typed
