@@ -59,10 +59,10 @@ def install(line):
 
 
 def configure():
-    "A kernel that serves this machine need not warn that it does not encrypt."
+    "A kernel that serves this machine need not warn that it does not encrypt, or that it is told to end."
     config = VENV / "etc/ipython/ipython_kernel_config.py"
     config.parent.mkdir(parents=True, exist_ok=True)
-    config.write_text("c.IPKernelApp.log_level = 'ERROR'\n")
+    config.write_text("c.IPKernelApp.log_level = 'CRITICAL'\n")
 
 
 if __name__ == "__main__":

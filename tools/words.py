@@ -10,6 +10,7 @@ count. The check comes before any set-up, so it needs Python alone.
 import ast
 import difflib
 import json
+import os
 import re
 import shlex
 import sys
@@ -93,6 +94,7 @@ def words_of(goal, study):
 
 def run(notebook, output, given, args=""):
     "Run a notebook as papermill's command does. What goes wrong is one line; the rest is in the notebook."
+    import click
     import papermill.cli
     from papermill.exceptions import PapermillExecutionError
     Path(output).parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +105,9 @@ def run(notebook, output, given, args=""):
         said = re.sub(r"\x1b\[[0-9;]*m", "", str(e.evalue)).strip()
         refuse(f"{said if e.ename in ('ValueError', 'TypeError') else f'{e.ename}: {said}'}\n"
                f"(cell {e.exec_count} of {notebook.relative_to(ROOT)}; as far as it ran: {output})")
-    except KeyboardInterrupt: refuse("stopped. The same command again goes on where this one was.")
+    except (KeyboardInterrupt, click.Abort):
+        print("stopped: the same command again goes on from the last checkpoint", file=sys.stderr, flush=True)
+        os._exit(130)   # what else had to end has nothing to add
     except Exception as e:
         if type(e).__module__.split(".")[0] not in ("click", "nbclient", "papermill"): raise
         refuse(f"{notebook.relative_to(ROOT)}: {' '.join(str(e).split())}")
