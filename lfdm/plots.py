@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['COLORS', 'LABELS', 'DASHES', 'STABLE', 'ANONYMOUS', 'DPI', 'use_style', 'freeze_layout', 'shrunk', 'render',
            'describe', 'save_figure', 'figure_record', 'show', 'keep', 'scatter', 'band', 'forward_row', 'plot_forward',
-           'score_field', 'plot_loss', 'plot_loss_per_logsnr', 'plot_samples', 'show_images', 'plot_noisy_images',
-           'plot_image_samples']
+           'score_field', 'exact_report', 'plot_loss', 'plot_loss_per_logsnr', 'plot_samples', 'plot_sampling',
+           'plot_field', 'show_images', 'plot_noisy_images', 'plot_image_samples']
 
 # %% ../nbs/library/99_plots.ipynb #b46643de
+import dataclasses
 import io
 import json
 import math
@@ -24,7 +25,8 @@ from .data import Dataset
 from .evaluation import floor_per_logsnr
 from .folders import checked_scale, place, suffixed
 from .images.data import ImageSet, image_grid, quantize, scaled
-from .schedules import Schedule
+from .sampling import sampling
+from .schedules import Level, Schedule, preserving
 
 with from_extra('studies'):
     import matplotlib.pyplot as plt
@@ -336,6 +338,10 @@ def score_field(ax: Axes,            # where to draw
     shades = _density(dataset, alpha, sigma, axis).sqrt().T
     levels = np.linspace(0.1, 1, 6)
     ax.contourf(axis, axis, shades, levels=levels, cmap='Greys', vmin=-0.1, vmax=1.8).set_rasterized(True)
+    return _arrows(ax, z, score, limit)
+
+def _arrows(ax, z, score, limit):
+    "Arrows whose lengths are roots of the score's, the longest as long as their distance allows."
     arrows = score / score.norm(dim=1, keepdim=True).sqrt()
     arrows = arrows / arrows.norm(dim=1).max()
     drawn = ax.quiver(*z.T, *arrows.T, color=COLORS['score'], width=0.008, angles='xy', clip_on=False,
@@ -348,35 +354,66 @@ def score_field(ax: Axes,            # where to draw
 # %% ../nbs/library/99_plots.ipynb #d6594e84
 def _require_run(run):
     "Raise TypeError unless it has what a finished run has. (Runs lie above this module.)"
-    if any(not hasattr(run, what) for what in ('parameters', 'metrics', 'summary', 'samples', 'dataset')):
+    has = ('parameters', 'metrics', 'summary', 'samples', 'dataset', 'task', 'loss')
+    if isinstance(run, type) or any(not hasattr(run, what) for what in has):
         raise TypeError(f'run must be a finished run, not {shown(run)}.')
 
-def _plot_excess(ax, epochs, run, color):
-    floor = run.summary['floor']
-    ax.semilogy(epochs, [100 * m['excess'] / floor for m in run.metrics], color=color)
-    ax.set(xlabel='epoch', ylabel='excess over the floor, %')
+def _color(run):
+    "That of its target, whatever the target's options."
+    return COLORS[run.loss.target.name]
 
+def exact_report(run,       # a finished run
+                ) -> dict:  # as of a ValidationSet: loss, loss_se, loss_per_logsnr; None if no floor is known
+    "The loss of the exact denoiser on the same data, noise and noise levels as the run's test loss."
+    _require_run(run)
+    if 'floor' not in run.summary: return None
+    on_cpu = dataclasses.replace(run.parameters, device='cpu')   # this machine may lack the run's device
+    same_draws = type(run.task)(on_cpu).validation()
+    return same_draws(lambda z, u: same_draws.best)
+
+# %% ../nbs/library/99_plots.ipynb #plotloss2
 def plot_loss(run,  # a finished run
              ):     # the figure
-    "Test loss over epochs with its floor, and the excess over the floor on a log scale."
+    "Test loss over epochs beside the exact denoiser's and the floor, and the excess on a log scale."
     _require_run(run)
-    p, floor = run.parameters, run.summary.get('floor')
-    columns = 1 if floor is None else 2
-    fig, axes = plt.subplots(1, columns, figsize=(4 * columns, 2.8), squeeze=False)
-    left, color = axes[0, 0], COLORS[p.target]
+    exact = exact_report(run)
+    columns = 1 if exact is None else 2
+    fig, axes = plt.subplots(1, columns, figsize=(4.2 * columns, 2.9), squeeze=False)
+    left, color = axes[0, 0], _color(run)
     epochs, losses = [m['epoch'] for m in run.metrics], [m['loss'] for m in run.metrics]
     train = [m['train_loss'] for m in run.metrics[1:]]
     left.plot(epochs, losses, color=color, label='test loss')
     if not run.loss.weighting.learned:   # else the training's is another loss
         left.plot(epochs[1:], train, color=color, lw=0.8, alpha=0.4, label='training loss')
-    left.set(xlabel='epoch', ylabel=f'{spec(run.loss.judge.weighting)} loss, {LABELS[p.target]}')
-    if floor is not None:
-        left.axhline(floor, color=COLORS['floor'], ls='--', lw=1, label='floor')
+    left.set(xlabel='epoch', ylabel=f'{spec(run.loss.judge.weighting)} loss, {LABELS[run.loss.target.name]}')
+    ends = losses[1:]
+    if exact is not None:
+        ends = [*ends, *_plot_exact(left, run.summary['floor'], exact)]
         _plot_excess(axes[0, 1], epochs, run, color)
-    low, top = min([*losses, math.inf if floor is None else floor]), max(losses[1:])
-    left.set_ylim(low - 0.1 * (top - low), top + 0.5 * (top - low))
-    left.legend()
+    low, top = min(losses + ends), max(ends)
+    left.set_ylim(low - 0.1 * (top - low), top + 0.7 * (top - low))
+    left.legend(fontsize='small')
+    for ax in axes[0]: ax.xaxis.get_major_locator().set_params(integer=True)
     return fig
+
+def _plot_exact(ax, floor, exact):
+    "The exact denoiser's loss, its expected value and the band where 95 % of such test losses lie."
+    low, high = floor - 2 * exact['loss_se'], floor + 2 * exact['loss_se']
+    ax.axhline(exact['loss'], color=COLORS['floor'], lw=1, label='exact denoiser, same draws')
+    ax.axhline(floor, color=COLORS['floor'], ls='--', lw=1, label='floor: its expected loss, ± 2 std. errors')
+    ax.axhspan(low, high, color=COLORS['floor'], alpha=0.08, lw=0)
+    return low, high
+
+def _plot_excess(ax, epochs, run, color):
+    floor, excess, se = run.summary['floor'], *([m[k] for m in run.metrics] for k in ('excess', 'excess_se'))
+    percent = lambda sign: [100 * (e + sign * 2 * s) / floor for e, s in zip(excess, se)]
+    ax.semilogy(epochs, percent(0), color=color)
+    ax.fill_between(epochs, percent(-1), percent(1), color=color, alpha=0.25, lw=0)
+    ax.set(xlabel='epoch', ylabel='excess, % of the floor',
+           title='against the exact prediction, ± 2 std. errors')
+    few = np.divide(*ax.get_ylim()[::-1]) < 20
+    ax.yaxis.set_major_formatter('{x:g}')
+    ax.yaxis.set_minor_formatter('{x:g}' if few else '')
 
 # %% ../nbs/library/99_plots.ipynb #5a306049
 def _plot_floor(ax, run):
@@ -385,6 +422,11 @@ def _plot_floor(ax, run):
     k = torch.linspace(s.logsnr_min + 1e-6, s.logsnr_max - 1e-6, 400, dtype=torch.float64)
     floor = floor_per_logsnr(run.loss.judge, run.dataset, k)
     ax.plot(k, floor, color=COLORS['floor'], ls='--', lw=1, label='floor')
+
+def _plot_same_draws(ax, run, edges):
+    "The exact denoiser's loss per unit of λ on the draws of the test loss."
+    exact = exact_report(run)['loss_per_logsnr']
+    ax.stairs(exact, edges, color=COLORS['floor'], lw=0.8, label='exact denoiser, same draws')
 
 @typed
 def plot_loss_per_logsnr(run,                  # a finished run
@@ -400,11 +442,13 @@ def plot_loss_per_logsnr(run,                  # a finished run
     edges = np.linspace(s.logsnr_min, s.logsnr_max, len(metrics[0]['loss_per_logsnr']) + 1)
     for ax, what in zip(axes[0], ('loss', 'excess')):
         for i, e in enumerate(drawn, 1):
-            ax.stairs(metrics[e][f'{what}_per_logsnr'], edges, color=COLORS[run.parameters.target],
-                      lw=1.5, alpha=i / len(drawn), label=f'epoch {e}')
+            ax.stairs(metrics[e][f'{what}_per_logsnr'], edges, color=_color(run), lw=1.5,
+                      alpha=i / len(drawn), label=f'epoch {e}')
         ax.set(xlabel='log-SNR $\\lambda$', ylabel=f'{what} per unit of $\\lambda$')
-    if 'floor' in run.summary: _plot_floor(axes[0, 0], run)
-    axes[0, 0].legend()
+    if 'floor' in run.summary:
+        _plot_floor(axes[0, 0], run)
+        _plot_same_draws(axes[0, 0], run, edges)
+    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside lower center', ncols=5, fontsize='small')
     return fig
 
 # %% ../nbs/library/99_plots.ipynb #cadc4b7a
@@ -418,12 +462,84 @@ def plot_samples(run,            # a finished run
     real, fake = run.dataset.sample(n, seed=1, split='test'), run.samples[:n]
     fig, axes = plt.subplots(1, 3, figsize=(8, 2.8), sharex=True, sharey=True)
     scatter(axes[0], real, title='data')
-    scatter(axes[1], fake, COLORS[p.target], title=f'{p.sampler}, {p.sample_steps} steps')
+    scatter(axes[1], fake, _color(run), title=f'{p.sampler}, {p.sample_steps} steps')
     scatter(axes[2], real)
-    scatter(axes[2], fake, COLORS[p.target], title='both')
+    scatter(axes[2], fake, _color(run), title='both')
     for ax in axes: ax.set_xlabel('$x_1$')
     axes[0].set_ylabel('$x_2$')
     return fig
+
+# %% ../nbs/library/99_plots.ipynb #plotsamp2
+@typed
+def plot_sampling(run,          # a finished run
+                  levels: list = (0., 2., 4., 6.),  # λ between the first state and the last
+                  n: int = 500, # samples
+                 ):             # the figure
+    "The samples on their way from noise, each state scaled to unit variance."
+    _require_run(run)
+    levels = [number('each of levels', logsnr) for logsnr in levels]
+    states = _snapshots(run, levels, number('n', n, 1, integer=True))
+    fig, axes = plt.subplots(1, len(states), figsize=(1.6 * len(states), 2.2), sharex=True, sharey=True)
+    for ax, (i, level, z) in zip(axes, states):
+        scatter(ax, z / level.scale, _color(run), title=f'step {i},  λ = {level.logsnr:.1f}')
+        ax.set_xlabel('$z_1$')
+    axes[0].set_ylabel('$z_2$')
+    return fig
+
+def _snapshots(run, levels, n):
+    "The states (i, level, z) at the first step, the last, and those nearest to some levels."
+    p, s = run.parameters, run.loss.schedule
+    grid = s.logsnr(torch.linspace(1, 0, p.sample_steps + 1, dtype=torch.float64))
+    shown = {0, p.sample_steps, *((grid - logsnr).abs().argmin().item() for logsnr in levels)}
+    walk = sampling(run.denoiser(), (n, run.dataset.dim), p.sample_steps, s, p.sampler, seeded(p.seed))
+    return [state for state in walk if state[0] in shown]
+
+# %% ../nbs/library/99_plots.ipynb #plotfiel2
+@typed
+def plot_field(run,                # a finished run
+               logsnr: float = 2., # λ; the nearest that the run was trained on
+               across: int = 13,   # arrows in a row
+              ):                   # the figure; without a density, the learned score over noisy data
+    "The exact score, the learned one, and the error of the noise, at one noise level."
+    _require_run(run)
+    p, limit = run.parameters, 2.6
+    logsnr = torch.tensor(min(max(logsnr, p.logsnr_min), p.logsnr_max))
+    level = Level(logsnr, *preserving(logsnr))
+    side = torch.linspace(-0.92 * limit, 0.92 * limit, number('across', across, 2, 100, integer=True))
+    z = torch.cartesian_prod(side, side)
+    learned = -_noise_guess(run, z, level) / level.sigma
+    if not run.dataset.exact: return _field_over_data(run, level, z, learned, limit)
+    fig, axes = plt.subplots(1, 3, figsize=(8.4, 2.8), sharex=True, sharey=True)
+    exact = run.dataset.score(z, level.alpha, level.sigma)
+    for ax, title, score in zip(axes, ('exact score', 'learned score'), (exact, learned)):
+        score_field(ax, run.dataset, level.alpha, level.sigma, z, score, limit=limit)
+        ax.set(title=f'{title}, λ = {logsnr:.1f}', xlabel='$z_1$')
+    _plot_noise_error(axes[2], run, level, limit)
+    axes[0].set_ylabel('$z_2$')
+    return fig
+
+def _noise_guess(run, z, level):
+    with torch.no_grad(): return run.denoiser()(z, level)[1]
+
+def _field_over_data(run, level, z, learned, limit):
+    "The learned score where the density of noisy data is not known: over a sample of them."
+    fig, ax = plt.subplots(figsize=(2.8, 2.8))
+    x = run.dataset.sample(2000, seed=1, split='test')
+    scatter(ax, level.alpha * x + level.sigma * torch.randn(x.shape, generator=seeded(1)), '#bbbbbb')
+    _arrows(ax, z, learned, limit)
+    ax.set(title=f'learned score, λ = {level.logsnr:.1f}', xlabel='$z_1$', ylabel='$z_2$')
+    return fig
+
+def _plot_noise_error(ax, run, level, limit, pixels=81):
+    "‖ε̂ - ε*‖ where the density of noisy data is at least 1 % of its largest value."
+    axis = torch.linspace(-limit, limit, pixels)
+    z = torch.cartesian_prod(axis, axis)
+    best = -level.sigma * run.dataset.score(z, level.alpha, level.sigma)
+    error = (_noise_guess(run, z, level) - best).norm(dim=1).reshape(pixels, pixels)
+    seen = _density(run.dataset, level.alpha, level.sigma, axis) >= 0.01
+    drawn = ax.pcolormesh(axis, axis, error.where(seen, math.nan).T, cmap='Greys', vmin=0, rasterized=True)
+    ax.figure.colorbar(drawn, ax=ax, label='error of the noise')
+    ax.set(aspect='equal', title='difference of the two', xlabel='$z_1$')
 
 # %% ../nbs/library/99_plots.ipynb #94b4946b
 @typed

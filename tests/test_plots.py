@@ -1,11 +1,27 @@
 "Saved figures: the same bytes every time, what made them inside, and each scale where it belongs."
 import pytest
+import torch
 from PIL import Image
 
 from lfdm import plots
-from lfdm.data import Ring
+from lfdm.data import DATASETS, Cluster, Dataset, Ring
 from lfdm.folders import SCALES
-from lfdm.plots import figure_record, keep, plt, save_figure, scatter, use_style
+from lfdm.parameters import Parameters
+from lfdm.plots import (
+    exact_report,
+    figure_record,
+    keep,
+    plot_field,
+    plot_loss,
+    plot_loss_per_logsnr,
+    plot_samples,
+    plot_sampling,
+    plt,
+    save_figure,
+    scatter,
+    use_style,
+)
+from lfdm.runs import make_run
 from tiny import SERVER
 from tree import files
 
@@ -94,3 +110,77 @@ def test_plots_need_no_runs():
     "nor their training: what draws is quick to import"
     needed = {getattr(value, "__module__", "") for value in vars(plots).values()}
     assert not needed & {"lfdm.runs", "lfdm.studies", "lfdm.training"}
+
+
+# ---- a run's figures
+
+class Plain(Dataset):
+    "Samples only: no density, so no floor."
+    n_train = n_test = 600
+    def draw(self, n, generator): return torch.randn(n, 2, generator=generator, dtype=torch.float64)
+
+
+RUN_FIGURES = plot_loss, plot_loss_per_logsnr, plot_field, plot_sampling, plot_samples
+TINY = dict(epochs=2, width=8, n_samples=60, sample_steps=6, batch_size=200)
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    "A cluster of 600 points for training, or a set without density; any parameters."
+    root = tmp_path_factory.mktemp("runs")
+    sets = {"plain": Plain, "small": type("Small", (Cluster,), {"n_train": 600, "n_test": 600})}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, cls in sets.items(): patch.setitem(DATASETS, name, cls)
+        yield lambda **given: make_run(Parameters(**TINY | {"dataset": "small"} | given), root=root)
+
+
+@pytest.mark.parametrize("given", [
+    {}, {"dataset": "plain"}, {"target": "F(sigma_data=1)", "schedule": "edm_train"}, {"error": "huber"},
+    {"schedule": "adaptive", "weighting": "sigmoid"}, {"weighting": "uncertainty"},
+    {"schedule": "ddpm", "target": "score"},
+    {"logsnr_min": -3, "logsnr_max": 1}], ids=str)
+def test_figures_of_any_run(tiny_run, given):
+    "the target's colour whatever its options; without a floor there is no line of one"
+    run = tiny_run(**given)
+    known = "floor" in run.summary
+    assert known == (run.dataset.exact and run.parameters.error == "squared")
+    for plot in RUN_FIGURES:
+        fig = plot(run)
+        fig.draw_without_rendering()
+        labels = {text for ax in fig.axes for text in ax.get_legend_handles_labels()[1]}
+        exact = "exact denoiser, same draws" in labels
+        assert exact == (known and plot in (plot_loss, plot_loss_per_logsnr)), plot
+        plt.close(fig)
+
+
+def test_the_exact_line_is_measured_on_the_draws_of_the_test_loss(tiny_run):
+    "its own excess is 0, and the network's loss on these draws is the one in the record"
+    run = tiny_run()
+    exact, last = exact_report(run), run.metrics[-1]
+    assert exact["excess"] == 0 and exact["loss"] != run.summary["floor"]
+    assert abs(exact["loss"] - run.summary["floor"]) < 4 * exact["loss_se"]
+    again = run.task.validation()(run.net)
+    assert again["loss"] == pytest.approx(last["loss"], rel=1e-6)
+    left, right = plot_loss(run).axes
+    lines = {line.get_label(): line.get_ydata() for line in left.lines}
+    assert list(lines["test loss"]) == [m["loss"] for m in run.metrics]
+    assert set(lines["exact denoiser, same draws"]) == {exact["loss"]}
+    assert right.lines[0].get_ydata()[-1] == pytest.approx(100 * last["excess"] / run.summary["floor"])
+    plt.close("all")
+
+
+def test_the_snapshots_end_in_the_run_s_own_samples(tiny_run):
+    run = tiny_run()
+    fig = plot_sampling(run, n=60)
+    drawn = fig.axes[-1].collections[0].get_offsets()
+    level = run.loss.schedule.level(torch.tensor(0.))
+    assert abs(drawn * level.scale.item() - run.samples.numpy()).max() < 1e-5
+    titles = [ax.get_title() for ax in fig.axes]
+    assert titles[0].startswith("step 0,") and titles[-1].startswith("step 6,")
+    assert len(set(titles)) == len(titles)
+    plt.close("all")
+
+
+def test_what_is_no_run_is_refused():
+    for plot in (*RUN_FIGURES, exact_report):
+        with pytest.raises(TypeError, match="run must be a finished run"): plot(3)

@@ -39,7 +39,8 @@ def test_the_command_of_its_first_lines_from_another_folder(tmp_path, python):
     outputs = [o for _, cell in cells(tmp_path / "out.ipynb", "code") for o in cell["outputs"]]
     data = [o.get("data", {}) | {"text": o.get("text", "")} for o in outputs]
     text = "\n".join("".join(d.get(k, "")) for d in data for k in ("text", "text/plain", "text/markdown"))
-    assert sum("image/png" in d for d in data) == 4
+    assert sum("image/png" in d for d in data) == 6
+    assert "exact denoiser" in text and "against the exact prediction" in text
     assert "epochs=1" in text and "| floor |" in text and "nan" not in text.lower()
     printed = re.findall(r"\S*/cluster-eps-weighted-cosine-s0-\w{8}\b", text)
     assert printed and all((tmp_path / p).samefile(run) for p in printed)
