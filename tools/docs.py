@@ -164,7 +164,8 @@ def add_explorer():
     "Write the explorer, which its guide shows in a frame."
     code = "import sys; from lfdm.explorer import write_explorer; write_explorer(sys.argv[1])"
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code, SITE / "explorer" / "index.html"], cwd=ROOT, env=env, check=True)
+    command = [sys.executable, "-c", code, SITE / "explorer" / "index.html"]
+    subprocess.run(command, cwd=ROOT, env=env, check=True)
 
 
 def link_inside():
