@@ -350,8 +350,9 @@ def test_in_a_browser(engine, made, tmp_path):
     (tmp_path / "page.html").write_text(page, encoding="utf-8")
     address = (tmp_path / "page.html").as_uri() + (
         "#A=cosine;v;sigmoid(k=3)&B=code;huggingface/diffusers;10&C=adaptive;flow;min_snr(gamma=7)&floor=ring")
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=9000",
-               "--window-size=390,800", "--enable-logging=stderr", f"--user-data-dir={tmp_path}", "--dump-dom")
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,800",
+               "--virtual-time-budget=9000", "--enable-logging=stderr",
+               f"--user-data-dir={tmp_path}", "--dump-dom")
     done = subprocess.run([browser, *options, address], capture_output=True, text=True, timeout=120)
     shown = done.stdout
     assert "CONSOLE" not in done.stderr, done.stderr
@@ -363,9 +364,10 @@ def test_in_a_browser(engine, made, tmp_path):
     right = engine("combined", *map(json.loads, choices), 3, False)
     flat = lambda rows: float64([v for row in rows for part in row["triples"] for q in part for v in q["w"]])
     assert len(flat(found)) == len(flat(right)) and off(flat(found).tolist(), flat(right)) < 1e-12
-    assert "DiffusionLoss('cosine', 'v', 'sigmoid(k=3)')" in shown and "until September 2023" in shown
+    assert "DiffusionLoss('cosine', 'v', 'sigmoid(k=3)')" in shown and "Until September 2023" in shown
     lowest = floor(DiffusionLoss("cosine", "v", "sigmoid(k=3)"), DATASETS["ring"]())
     assert f"Floor on ring: {lowest:.4g}." in shown
+    assert "It learns: shown as it starts." in shown
     assert "the adaptive schedule needs a weight w(λ)" in shown and "min_snr(gamma=7)" in shown
     assert {*re.findall(r'<figure id="(\w+)">', shown)} == {"weight", "factor", "density", "floor"}
     assert shown.count("<svg") >= 6 and shown.count("<math") >= 3

@@ -8,6 +8,12 @@ a = 1 - s          # z = a x + b e
 b = s
 y = e - x          # what the network is compared with
 weight = 1         # what multiplies its squared error`;
+const HOW = {
+  start: 'It learns: shown as it starts.',
+  levels: 'Its levels were computed beforehand.',
+  path: 't(λ) is found by bisection.',
+  density: 't(λ) is found by integration.'
+};
 const KINDS = {triple: 'three choices', code: 'a code base', own: 'your own code'};
 const state = {losses: [], set: Object.keys(DATA.floors.sets)[0], scaled: true};
 
@@ -39,6 +45,7 @@ function read(value, digits = 3) {
 const superscript = n => String(n).replace(/./g, c => '⁰¹²³⁴⁵⁶⁷⁸⁹'[c] || '⁻');
 const atLambda = l => (Math.abs(l) < 0.05 ? 0 : l).toFixed(1);
 const typedText = text => text.split('`').map((part, i) => (i % 2 ? make('code', {}, part) : part));
+const sentence = text => (text[1] === ' ' ? text : text[0].toUpperCase() + text.slice(1));
 const typedBy = (row, numbers) => filled(row.typed, {...row.numbers, ...numbers});
 
 async function copy(text, what) {
@@ -231,7 +238,13 @@ function choiceControl(group, word, loss, rebuild) {
   };
   menu.dataset.word = word;
   return [
-    make('label', {className: 'field'}, word, menu, make('span', {className: 'about'}, entry.about)),
+    make(
+      'label',
+      {className: 'field'},
+      word,
+      menu,
+      make('span', {className: 'about'}, [entry.about, HOW[entry.kind]].filter(Boolean).join(' '))
+    ),
     ...entry.options.map(option => optionControl(option, choice, `the ${word}`))
   ];
 }
@@ -282,7 +295,7 @@ function codeControls(loss, rebuild) {
       'p',
       {className: 'note'},
       ...typedText(typedBy(row, loss.numbers)),
-      row.remark ? `. ${row.remark}.` : ''
+      row.remark ? `. ${sentence(row.remark)}.` : ''
     ),
     note,
     ...numbers.map(name => numberControl(name, loss, row)),
