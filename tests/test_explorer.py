@@ -1,4 +1,5 @@
 "The explorer's numbers are those of lfdm: in a JavaScript engine, and in a browser where there is one."
+import html
 import json
 import math
 import re
@@ -14,7 +15,6 @@ from lfdm.core import from_spec
 from lfdm.data import DATASETS
 from lfdm.evaluation import floor, floor_per_logsnr
 from lfdm.explorer import (
-    CHAINS,
     _asset,
     explorer_data,
     explorer_formulas,
@@ -35,7 +35,7 @@ SCHEDULES_MOVED = [
     "linear_logsnr(-8, 15)", "ve(-6.5, 9)", "edm_train(-8, 11, 1.1, 1.7)", "edm_sample(-7, 14, 4)",
     "rectified_flow(-9, 11, 3)", "logit_normal(-8, 7, -0.4, 0.8, 2)", "adaptive(-9, 8)",
     "laplace(-6, 9, 1, 0.8)", "cauchy(-9, 10, -1, 2)", "cosmap(-10, 9, 0.5)", "mode(-9, 10, -0.7, 2)",
-    "beta(-9, 10, 1.4, 2.6, 0.7)", *CHAINS]
+    "beta(-9, 10, 1.4, 2.6, 0.7)", "ddpm", "ddpm(zero_snr=1)", "discrete"]
 TARGETS_MOVED = ["x", "eps", "v", "score", "F(1.3)", "flow"]
 WEIGHTINGS_MOVED = [
     "nelbo", "weighted", "rescaled", "simple", "snr", "snr_plus_one", "truncated_snr", "min_snr(2)",
@@ -326,8 +326,17 @@ def test_a_choice_of_ones_own_joins(monkeypatch):
 
 BROWSERS = "chromium", "chromium-browser", "google-chrome", "chrome"
 CHECK = """<script>
-document.body.append(Object.assign(document.createElement('pre'), {id: 'numbers', textContent:
-    JSON.stringify(combined(%s, 3, false))}));
+setTimeout(() => {   // when all is drawn
+  const all = selector => [...document.querySelectorAll(selector)];
+  const named = e => e.labels?.length || e.getAttribute('aria-label') || e.textContent.trim();
+  const told = e => document.getElementById(e.getAttribute('aria-describedby'))?.textContent.length > 20;
+  const found = {
+    numbers: combined(%s, 3, false), width: [document.documentElement.scrollWidth, innerWidth],
+    nameless: all('input, select, textarea, button').filter(e => !named(e)).map(e => e.outerHTML),
+    untold: all('svg[role=img]').filter(e => !told(e)).length, hash: location.hash};
+  const shown = document.createElement('pre');
+  document.body.append(Object.assign(shown, {id: 'found', textContent: JSON.stringify(found)}));
+}, 2000);
 </script>"""
 
 
@@ -341,18 +350,24 @@ def test_in_a_browser(engine, made, tmp_path):
     (tmp_path / "page.html").write_text(page, encoding="utf-8")
     address = (tmp_path / "page.html").as_uri() + (
         "#A=cosine;v;sigmoid(k=3)&B=code;huggingface/diffusers;10&C=adaptive;flow;min_snr(gamma=7)&floor=ring")
-    options = ("--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=4000",
-               "--enable-logging=stderr", f"--user-data-dir={tmp_path}", "--dump-dom")
+    options = ("--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,800",
+               "--virtual-time-budget=9000", "--enable-logging=stderr",
+               f"--user-data-dir={tmp_path}", "--dump-dom")
     done = subprocess.run([browser, *options, address], capture_output=True, text=True, timeout=120)
     shown = done.stdout
     assert "CONSOLE" not in done.stderr, done.stderr
-    found = json.loads(re.search(r'<pre id="numbers">(.*?)</pre>', shown, re.S)[1])
+    there = json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', shown, re.S)[1]))
+    found = there["numbers"]
+    assert there["width"][0] <= there["width"][1] < 600, "it scrolls sideways on a phone"
+    assert not there["nameless"] and not there["untold"]
+    assert there["hash"].startswith("#A=cosine;v;sigmoid(k=3)&B=code;huggingface/diffusers;10&C=adaptive")
     right = engine("combined", *map(json.loads, choices), 3, False)
     flat = lambda rows: float64([v for row in rows for part in row["triples"] for q in part for v in q["w"]])
     assert len(flat(found)) == len(flat(right)) and off(flat(found).tolist(), flat(right)) < 1e-12
-    assert "DiffusionLoss('cosine', 'v', 'sigmoid(k=3)')" in shown and "until September 2023" in shown
+    assert "DiffusionLoss('cosine', 'v', 'sigmoid(k=3)')" in shown and "Until September 2023" in shown
     lowest = floor(DiffusionLoss("cosine", "v", "sigmoid(k=3)"), DATASETS["ring"]())
     assert f"Floor on ring: {lowest:.4g}." in shown
+    assert "It learns: shown as it starts." in shown
     assert "the adaptive schedule needs a weight w(λ)" in shown and "min_snr(gamma=7)" in shown
     assert {*re.findall(r'<figure id="(\w+)">', shown)} == {"weight", "factor", "density", "floor"}
     assert shown.count("<svg") >= 6 and shown.count("<math") >= 3

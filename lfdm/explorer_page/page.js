@@ -8,6 +8,12 @@ a = 1 - s          # z = a x + b e
 b = s
 y = e - x          # what the network is compared with
 weight = 1         # what multiplies its squared error`;
+const HOW = {
+  start: 'It learns: shown as it starts.',
+  levels: 'Its levels were computed beforehand.',
+  path: 't(λ) is found by bisection.',
+  density: 't(λ) is found by integration.'
+};
 const KINDS = {triple: 'three choices', code: 'a code base', own: 'your own code'};
 const state = {losses: [], set: Object.keys(DATA.floors.sets)[0], scaled: true};
 
@@ -23,6 +29,7 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
+const FORMATS = {}; // made once: to make one takes longer than to use it
 function read(value, digits = 3) {
   // a number to read
   if (!isFinite(value)) return value > 0 ? '∞' : value < 0 ? '-∞' : '–';
@@ -31,12 +38,14 @@ function read(value, digits = 3) {
     const [mantissa, power] = value.toExponential(1).split('e');
     return `${mantissa} · 10${superscript(Number(power))}`;
   }
-  return Number(value.toPrecision(digits)).toLocaleString('en', {maximumSignificantDigits: digits});
+  FORMATS[digits] ||= new Intl.NumberFormat('en', {maximumSignificantDigits: digits});
+  return FORMATS[digits].format(value);
 }
 
 const superscript = n => String(n).replace(/./g, c => '⁰¹²³⁴⁵⁶⁷⁸⁹'[c] || '⁻');
 const atLambda = l => (Math.abs(l) < 0.05 ? 0 : l).toFixed(1);
 const typedText = text => text.split('`').map((part, i) => (i % 2 ? make('code', {}, part) : part));
+const sentence = text => (text[1] === ' ' ? text : text[0].toUpperCase() + text.slice(1));
 const typedBy = (row, numbers) => filled(row.typed, {...row.numbers, ...numbers});
 
 async function copy(text, what) {
@@ -229,7 +238,13 @@ function choiceControl(group, word, loss, rebuild) {
   };
   menu.dataset.word = word;
   return [
-    make('label', {className: 'field'}, word, menu, make('span', {className: 'about'}, entry.about)),
+    make(
+      'label',
+      {className: 'field'},
+      word,
+      menu,
+      make('span', {className: 'about'}, [entry.about, HOW[entry.kind]].filter(Boolean).join(' '))
+    ),
     ...entry.options.map(option => optionControl(option, choice, `the ${word}`))
   ];
 }
@@ -280,7 +295,7 @@ function codeControls(loss, rebuild) {
       'p',
       {className: 'note'},
       ...typedText(typedBy(row, loss.numbers)),
-      row.remark ? `. ${row.remark}.` : ''
+      row.remark ? `. ${sentence(row.remark)}.` : ''
     ),
     note,
     ...numbers.map(name => numberControl(name, loss, row)),
@@ -452,9 +467,8 @@ function pythonRow(words) {
   return make('div', {className: 'row'}, make('code', {}, text), button);
 }
 
-function calls(loss, [first]) {
-  // the loss in Python; of a curve, the triple that equals it
-  if (loss.words) return [pythonRow(loss.words)];
+function calls([first]) {
+  // of a curve: the triple that equals it
   const note = text => make('p', {className: 'note'}, text);
   if (!first) return [note('No triple with default options has this w(λ).')];
   return [
@@ -521,8 +535,7 @@ function risesText(loss) {
 }
 
 function resultOf(loss, i) {
-  const box = document.querySelector(`#loss-${NAMES[i]} .result`),
-    open = box.querySelector('details')?.open;
+  const box = document.querySelector(`#loss-${NAMES[i]} .result`);
   if (loss.error) {
     return box.replaceChildren(make('p', {className: 'wrong', role: 'alert'}, `Not possible: ${loss.error}`));
   }
@@ -532,15 +545,26 @@ function resultOf(loss, i) {
     `λ from ${range}. Floor on ${state.set}: ${read(floorOf(loss, state.set), 4)}${constant}.`,
     risesText(loss)
   ];
-  const triples = equalTriples(loss),
-    equal = equalDetails(loss, triples);
-  equal.open = open ?? false;
+  const kept = name => box.querySelector(`.${name}`) || make('div', {className: name});
+  const [call, equal] = ['call', 'equal'].map(kept);
+  if (loss.words) call.replaceChildren(pythonRow(loss.words));
   box.replaceChildren(
-    ...calls(loss, triples),
+    call,
     ...(loss.texts || []).map(formulaRow),
     ...facts.map(text => make('p', {className: 'note'}, text)),
     equal
   );
+}
+
+function equalsOf(loss, i) {
+  // a search through all triples and code bases: it waits until the sliders rest
+  const box = document.querySelector(`#loss-${NAMES[i]} .result`);
+  if (loss.error) return;
+  const open = box.querySelector('.equal details')?.open,
+    triples = equalTriples(loss);
+  if (!loss.words) box.querySelector('.call').replaceChildren(...calls(triples));
+  box.querySelector('.equal').replaceChildren(equalDetails(loss, triples));
+  box.querySelector('.equal details').open = open ?? false;
 }
 
 // --- figures
@@ -556,8 +580,7 @@ function chart(series, {log, x, y, domain, label, bars = []}) {
     low = Math.min(...seen.map(p => p.y));
   const flat = log && high / low < 1.01,
     bottom = flat ? high / 10 : log ? Math.max(low, high * 1e-6) : 0;
-  const width = Math.max(280, Math.min(640, document.getElementById('figures').clientWidth));
-  const narrow = Math.min(width, cell());
+  const width = Math.max(280, Math.min(640, cell()));
   const lines = series.map(s =>
     Plot.line(
       s.line.filter(p => isFinite(p.y) && (!log || p.y >= bottom * 0.999)),
@@ -607,7 +630,7 @@ function chart(series, {log, x, y, domain, label, bars = []}) {
   const every = ticks ? Math.ceil(ticks.length / 6) : 1;
   const few = ticks && ticks.length > 1;
   return Plot.plot({
-    width: narrow,
+    width,
     height: 280,
     marginLeft: 66,
     marginRight: 18,
@@ -620,7 +643,7 @@ function chart(series, {log, x, y, domain, label, bars = []}) {
       labelArrow: 'none',
       labelAnchor: 'center',
       domain,
-      ticks: narrow < 420 ? 5 : 8,
+      ticks: width < 420 ? 5 : 8,
       line: true
     },
     y: {
@@ -733,6 +756,7 @@ function halfway(points) {
   return points[area.findIndex(a => a >= area.at(-1) / 2)].x;
 }
 
+let search = 0;
 function show() {
   const losses = state.losses.map((loss, i) => {
     const style = {name: NAMES[i], color: `var(--${NAMES[i].toLowerCase()})`, dash: DASHES[i]};
@@ -747,6 +771,11 @@ function show() {
     }
   });
   losses.forEach(resultOf);
+  clearTimeout(search);
+  search = setTimeout(() => {
+    losses.forEach(equalsOf);
+    fitFrame();
+  }, 150);
   const good = losses.filter(loss => !loss.error);
   document.getElementById('figures').hidden = !good.length;
   if (good.length) draw(good);
@@ -912,7 +941,7 @@ function start() {
     build();
   };
   document.getElementById('link').onclick = () =>
-    copy(home().location.href.split('#')[0] + address(), 'Link');
+    copy(home().location.href.split(/[?#]/)[0] + address(), 'Link');
   if (window.self !== window.top) document.body.classList.add('embedded');
   const around = home();
   around.addEventListener('hashchange', () => {
@@ -921,7 +950,13 @@ function start() {
       build();
     }
   });
-  window.addEventListener('resize', changed);
+  const figures = document.getElementById('figures');
+  let drawn = 0;
+  new ResizeObserver(() => {
+    if (figures.clientWidth === drawn) return;
+    drawn = figures.clientWidth;
+    changed();
+  }).observe(figures);
   window.matchMedia('(prefers-color-scheme: dark)').addEventListener('change', theme);
   theme();
   if (around !== window) {
