@@ -81,8 +81,9 @@ _NAMES = {
         'Parameters valid_names parameters_from',
     'plots':
         'COLORS LABELS DASHES STABLE ANONYMOUS DPI use_style freeze_layout shrunk render describe '
-        'save_figure figure_record show keep scatter band forward_row plot_forward score_field plot_loss '
-        'plot_loss_per_logsnr plot_samples show_images plot_noisy_images plot_image_samples',
+        'save_figure figure_record show keep scatter band forward_row plot_forward score_field exact_report '
+        'plot_loss plot_loss_per_logsnr plot_samples plot_sampling plot_field show_images plot_noisy_images '
+        'plot_image_samples',
     'proofs': 'prove check refute',
     'runs':
         'FILES CHECKPOINT UNITS Run folder_of require_digests require_record require_same load_run '

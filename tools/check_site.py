@@ -1,15 +1,14 @@
 """Open every page of the built site in a browser: no errors, nothing missing, all math rendered.
 
-It needs what the tests do not: playwright, a Chromium, and KaTeX, which the pages load from the
-web, as its npm package in the version they name.
+It needs what the tests do not: playwright and a Chromium.
 
     make docs
-    npm pack katex@0.16.11 && tar xf katex-*.tgz   # makes the folder `package`
     pip install playwright                         # in an environment of its own
-    python tools/check_site.py --katex package --chromium "$(command -v chromium)"
+    python tools/check_site.py --chromium "$(command -v chromium)"
 
-Requests to a CDN for katex are answered from that folder, every other address off the site is
-refused and reported. Exit status 0: all pages are right, or there is no playwright here.
+The site is served under its published path. It asks nobody else for anything: a request to another
+address is refused and reported. So is a page that scrolls sideways on a phone. Exit status 0: all
+pages are right, or there is no playwright here.
 """
 import argparse
 import functools
@@ -19,6 +18,9 @@ import threading
 from pathlib import Path
 from urllib.parse import urlparse
 
+from pages import fact
+
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 800}
 SITE = Path(__file__).resolve().parent.parent / "_docs"
 # What a reader sees of math that did not render: a formula still in its delimiters, or KaTeX's red.
 UNRENDERED = """() => {
@@ -30,26 +32,26 @@ UNRENDERED = """() => {
     return [...raw, ...red, ...loose].map(e => e.textContent.trim().slice(0, 80));
 }"""
 BROKEN = "() => [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(0, 80))"
+UNTOLD = "() => [...document.images].filter(i => !i.alt.trim()).map(i => i.src.slice(0, 80))"
+SIDEWAYS = "() => document.documentElement.scrollWidth - window.innerWidth"
 COUNT = "() => document.querySelectorAll('.katex, mjx-container').length"
 
 
-def serve(folder):
-    "Serve a folder on a free port of this machine; its address."
+def serve(folder, path):
+    "Serve a folder on a free port of this machine, under a path; its address."
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args): pass
+        def translate_path(self, asked): return super().translate_path(asked.removeprefix(path))
     handler = functools.partial(Quiet, directory=str(folder))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    return f"http://127.0.0.1:{server.server_port}"
+    return f"http://127.0.0.1:{server.server_port}{path}"
 
 
-def answer(route, home, katex, troubles):
-    "Let the site's own requests through, and answer those for KaTeX from its npm package."
+def answer(route, home, troubles):
+    "Let the site's own requests through."
     url = route.request.url
     if url.startswith((home, "data:", "blob:")): return route.continue_()
-    local = katex / "dist" / urlparse(url).path.partition("/dist/")[2] if katex and "katex" in url else None
-    if local and local.is_file():
-        return route.fulfill(path=local, headers={"Access-Control-Allow-Origin": "*"})
     troubles.append(f"asks the web for {url}")
     route.abort()
 
@@ -57,15 +59,20 @@ def answer(route, home, katex, troubles):
 def check(browser, home, page_path, args):
     "Open one page, in one colour scheme after the other; the number of formulas and what is wrong."
     troubles = []
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.route("**/*", lambda route: answer(route, home, args.katex, troubles))
+    page = browser.new_page(viewport=DESKTOP)
+    page.route("**/*", lambda route: answer(route, home, troubles))
     page.on("console", lambda said: said.type == "error" and troubles.append(f"console: {said.text}"))
     page.on("pageerror", lambda error: troubles.append(f"error: {error}"))
     page.on("response", lambda r: r.status >= 400 and troubles.append(f"{r.status}: {r.url}"))
     page.goto(f"{home}/{page_path}", wait_until="networkidle")
     troubles += [f"math not rendered: {text}" for text in page.evaluate(UNRENDERED)]
     troubles += [f"image missing: {src}" for src in page.evaluate(BROKEN)]
+    troubles += [f"image without an alt text: {src}" for src in page.evaluate(UNTOLD)]
     formulas = page.evaluate(COUNT)
+    page.set_viewport_size(PHONE)
+    wide = page.evaluate(SIDEWAYS)
+    if wide > 0: troubles.append(f"scrolls sideways on a phone, by {wide} pixels")
+    page.set_viewport_size(DESKTOP)
     if args.shots:
         for scheme in ("light", "dark"):
             page.emulate_media(color_scheme=scheme)
@@ -77,7 +84,6 @@ def check(browser, home, page_path, args):
 def main():
     as_written = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
-    parser.add_argument("--katex", type=Path, help="the unpacked npm package katex")
     parser.add_argument("--chromium", help="the browser's program (without it, the one playwright installed)")
     parser.add_argument("--shots", type=Path, help="a folder for screenshots, light and dark")
     args = parser.parse_args()
@@ -88,7 +94,7 @@ def main():
     if not pages: sys.exit("there is no site in _docs: run `make docs`")
     if args.shots: args.shots.mkdir(parents=True, exist_ok=True)
 
-    home, bad = serve(SITE), 0
+    home, bad = serve(SITE, urlparse(fact("site-url")).path.rstrip("/")), 0
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=args.chromium, args=["--no-sandbox"])
         for page in pages:

@@ -51,7 +51,7 @@ def quoted(text):
 
 def in_plain_words(markdown):
     "The last paragraph of a Markdown text without its marks, for those who cannot see the picture below it."
-    text = re.sub(r"\$\$.*?\$\$|^#+ .*$|^```.*?^```|\{[^}]*\}|\[@[^\]]*\]", "", markdown, flags=re.S | re.M)
+    text = re.sub(r"\$\$.*?\$\$|^#+ [^\n]*|^```.*?^```|\{[^}]*\}| ?\[@[^\]]*\]", "", markdown, flags=re.S | re.M)
     last = text.strip().split("\n\n")[-1]
     last = re.sub(r"\[([^\]]*)\]\([^)]*\)|<[^>]*>|[*_`$\\|]|^[->#\d.]+ ", r"\1", last, flags=re.M)
     return " ".join(last.split())
@@ -102,8 +102,9 @@ def stage():
                 f"nbdev_proc_nbs(path={str(nbs)!r}, n_workers=0); sys.stdout.flush(); os._exit(0)")
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True)
     for path in STAGE.rglob("*.ipynb"):
-        text = path.read_text(encoding="utf-8")
-        path.write_text(text.replace(json.dumps(SPARED)[1:-1], ""), encoding="utf-8")
+        page = json.loads(path.read_text(encoding="utf-8"))
+        for cell in page["cells"]: cell["source"] = "".join(cell["source"]).removeprefix(SPARED)
+        path.write_text(json.dumps(page), encoding="utf-8")
     site = STAGE / "_quarto.yml"
     text = site.read_text(encoding="utf-8").replace("REPOSITORY", pages.fact("repo-url"))
     site.write_text(text, encoding="utf-8")

@@ -17,7 +17,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 KATEX = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[\w.]+/dist/")
-WEB_FONTS = re.compile(r"@import url\(\"?https://fonts[^)]*\);")
+WEB_FONTS = re.compile(r"""@import\s*(?:url\(\s*)?(["']?)https://fonts\.[^"')]*\1\s*\)?\s*;""")
 IMAGE = re.compile(r"<img\b[^>]*>")
 TABLE = re.compile(r"<table\b.*?</table>", re.S)
 INLINE = "data:image/png;base64,"
@@ -82,7 +82,7 @@ def name_equations(site):
     known, rows = json.loads(index.read_text(encoding="utf-8")), []
     for name, address, says in search_entries():
         at = address.replace(".ipynb", ".html")
-        rows.append({"objectID": at, "href": at, "title": name, "section": "", "text": says})
+        rows.append({"objectID": at, "href": at, "title": "Equations", "section": name, "text": says})
     index.write_text(json.dumps(rows + known, ensure_ascii=False), encoding="utf-8")
 
 
