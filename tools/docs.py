@@ -51,7 +51,8 @@ def quoted(text):
 
 def in_plain_words(markdown):
     "The last paragraph of a Markdown text without its marks, for those who cannot see the picture below it."
-    text = re.sub(r"\$\$.*?\$\$|^#+ [^\n]*|^```.*?^```|\{[^}]*\}| ?\[@[^\]]*\]", "", markdown, flags=re.S | re.M)
+    other = r"\$\$.*?\$\$|^#+ [^\n]*|^```.*?^```|\{[^}]*\}| ?\[@[^\]]*\]"
+    text = re.sub(other, "", markdown, flags=re.S | re.M)
     last = text.strip().split("\n\n")[-1]
     last = re.sub(r"\[([^\]]*)\]\([^)]*\)|<[^>]*>|[*_`$\\|]|^[->#\d.]+ ", r"\1", last, flags=re.M)
     return " ".join(last.split())
