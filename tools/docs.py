@@ -51,8 +51,8 @@ def quoted(text):
 
 def in_plain_words(markdown):
     "The last paragraph of a Markdown text without its marks, for those who cannot see the picture below it."
-    other = r"\$\$.*?\$\$|^#+ [^\n]*|^```.*?^```|\{[^}]*\}| ?\[@[^\]]*\]"
-    text = re.sub(other, "", markdown, flags=re.S | re.M)
+    apart = r"\$\$.*?\$\$|^#+ [^\n]*|^```.*?^```|\{[^}]*\}| ?\[@[^\]]*\]"   # equations, headings, code, names
+    text = re.sub(apart, "", markdown, flags=re.S | re.M)
     last = text.strip().split("\n\n")[-1]
     last = re.sub(r"\[([^\]]*)\]\([^)]*\)|<[^>]*>|[*_`$\\|]|^[->#\d.]+ ", r"\1", last, flags=re.M)
     return " ".join(last.split())
@@ -104,7 +104,8 @@ def stage():
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, check=True)
     for path in STAGE.rglob("*.ipynb"):
         page = json.loads(path.read_text(encoding="utf-8"))
-        for cell in page["cells"]: cell["source"] = "".join(cell["source"]).removeprefix(SPARED)
+        for cell in page["cells"]:   # Quarto reads lists of lines
+            cell["source"] = "".join(cell["source"]).removeprefix(SPARED).splitlines(keepends=True)
         path.write_text(json.dumps(page), encoding="utf-8")
     site = STAGE / "_quarto.yml"
     text = site.read_text(encoding="utf-8").replace("REPOSITORY", pages.fact("repo-url"))

@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-from PIL import Image
-
 ROOT = Path(__file__).resolve().parent.parent
 KATEX = re.compile(r"https://cdn\.jsdelivr\.net/npm/katex@[\w.]+/dist/")
 WEB_FONTS = re.compile(r"""@import\s*(?:url\(\s*)?(["']?)https://fonts\.[^"')]*\1\s*\)?\s*;""")
+# what Quarto adds to a page with a script of its own, for the widgets of Jupyter: there are none here
+WIDGETS = re.compile(r"""<script[^>]*src="https://cdnjs\.[^>]*></script>|<script[^>]*>define\('jquery'.*?</script>""",
+                     re.S)
 IMAGE = re.compile(r"<img\b[^>]*>")
 TABLE = re.compile(r"<table\b.*?</table>", re.S)
 INLINE = "data:image/png;base64,"
@@ -46,6 +47,7 @@ def opened(source, page):
 
 def dressed(tag, page):
     "An image's tag with the size, so that nothing moves while it loads, and marked if it is a chart."
+    from PIL import Image  # check_site.py, which needs an address from here, has none
     source = html.unescape(re.search(r'src="([^"]*)"', tag)[1])
     chart, size = source.endswith(".svg"), ""
     if picture := opened(source, page):
@@ -64,6 +66,7 @@ def finished(text, page, site):
     text = KATEX.sub(f"{up}assets/katex/", text)
     text = re.sub(rf'"{re.escape(address)}/[\w/]*(?=assets/card)', f'"{address}/', text)
     text = text.replace(f'<a href="{address}/', f'<a href="{up}')   # nbdev links names to the published site
+    text = WIDGETS.sub("", text)
     text = IMAGE.sub(lambda m: dressed(m[0], page), text)
     text = TABLE.sub(r'<div class="wide">\g<0></div>', text)
     if name == "404.html":   # the server shows it at addresses of any depth
