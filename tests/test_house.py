@@ -288,7 +288,7 @@ def test_constraints_pin_every_requirement():
 
 
 def test_workflows_are_pinned_and_may_only_read():
-    "By full commit, with the version beside it. Only the job that publishes may do more; it runs no code."
+    "By full commit, with the version beside it. Only a job that publishes may do more; it has none of our code."
     for path in (ROOT / ".github/workflows").iterdir():
         text = path.read_text()
         for line in re.findall(r"uses:.*", text):
@@ -296,7 +296,10 @@ def test_workflows_are_pinned_and_may_only_read():
         workflow = yaml.safe_load(text)
         assert workflow["permissions"] == {"contents": "read"}, path.name
         for job in workflow["jobs"].values():
-            assert "permissions" not in job or not any("run" in step for step in job["steps"]), path.name
+            if "permissions" not in job: continue
+            assert not any("checkout" in step.get("uses", "") for step in job["steps"]), path.name
+            runs = [step["run"] for step in job["steps"] if "run" in step]
+            assert all(run.startswith("gh release create ") for run in runs), path.name
 
 
 # --- imports
