@@ -288,7 +288,7 @@ def test_constraints_pin_every_requirement():
 
 
 def test_workflows_are_pinned_and_may_only_read():
-    "By full commit, with the version beside it. Only a job that publishes may do more; it has none of our code."
+    "By full commit, with the version beside it. Only a publishing job may do more; it has none of our code."
     for path in (ROOT / ".github/workflows").iterdir():
         text = path.read_text()
         for line in re.findall(r"uses:.*", text):
