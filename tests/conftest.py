@@ -6,6 +6,8 @@ from collections import Counter
 
 # before torch is imported: threads that compete for a core slow all of them down
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# a `make` of a test has its own words, not those of `make test`
+for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL"): os.environ.pop(name, None)
 KEPT = tempfile.TemporaryDirectory()   # what is made once, is made once for all tests: nothing of before
 os.environ["LFDM_CACHE"] = KEPT.name
 

@@ -74,11 +74,12 @@ def pages(site):
 
 
 def test_every_image_has_an_alt_text_and_every_page_one_address(pages):
+    home = re.search(r'site-url: "(.+?)/?"', (ROOT / "nbs/nbdev.yml").read_text(encoding="utf-8"))[1]
     for path, page in pages.items():
         untold = [image["src"][:60] for image in page.images if not (image.get("alt") or "").strip()]
         assert not untold, f"{path}: {untold}"
         at = path.removesuffix("index.html") if path == "index.html" else path
-        assert page.canonical == ([] if path == "404.html" else [f"https://lfdm.github.io/lfdm/{at}"]), path
+        assert page.canonical == ([] if path == "404.html" else [f"{home}/{at}"]), path
 
 
 def test_a_page_asks_nobody_else(site):

@@ -27,4 +27,4 @@ for i, t in enumerate(times):
     ax.axis("off")
 file = Path(__file__).parent.parent / "nbs" / "assets" / "card.png"
 fig.savefig(file, facecolor=fig.get_facecolor())
-Image.open(file).convert("RGB").quantize(64).save(file, optimize=True)
+Image.open(file, formats=["PNG"]).convert("RGB").quantize(64).save(file, optimize=True)

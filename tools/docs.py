@@ -135,6 +135,8 @@ def write_out(text, labels, refs):
             raise ValueError(f"@{m[1]} refers to nothing on this page; its labels: {known}")
         return f"[{labels[m[1]][1]}](#{m[1]})"
     text = citations.outside_code(lambda part: REF.sub(ref, EQUATION.sub(equation, part)), text)
+    # before the first sign of a table's cell smalldocs finds its last, and no math if that is a digit
+    text = re.sub(r"(?<=\| )\$(?=\S)", "\u2060$", text)
     return citations.write(text, refs, lambda key: f"#ref-{key}")
 
 
