@@ -58,5 +58,5 @@ def test_what_a_study_lacks_is_named(fault, says, outcomes):
 def test_make_refuses_an_unknown_scale_before_any_work(goal):
     command = ["make", "--silent", "--old-file=.venv/ready", goal, "scale=smal"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0 and "scale is full or quick, not smal." in done.stderr
+    assert done.returncode != 0 and "unknown scale 'smal'. Valid: full, quick." in done.stderr
     assert "papermill" not in done.stdout
