@@ -51,7 +51,7 @@ def dressed(tag, page):
     source = html.unescape(re.search(r'src="([^"]*)"', tag)[1])
     chart, size = source.endswith(".svg"), ""
     if picture := opened(source, page):
-        with Image.open(picture) as image:
+        with Image.open(picture, formats=["PNG"]) as image:
             chart, size = is_chart(image), 'width="{}" height="{}" '.format(*image.size)
     if "width=" in tag: size = ""
     if chart and 'class="' in tag: tag = tag.replace('class="', 'class="chart ')
