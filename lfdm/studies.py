@@ -698,8 +698,8 @@ def verdict(low: float,     # of the interval of a ratio
     return 'matters' if high < 1 / margin or low > margin else 'differs, perhaps by less than matters'
 
 # %% ../nbs/library/98_studies.ipynb #advice02
-ADVICE = ('question', 'answer', 'conditions', 'sure', 'record', 'row', 'page',
-          'front')   # fields of a recommendation; front: it stands on the front page
+# fields of a recommendation; ratio: of what its ratio is, front: it stands on the front page
+ADVICE = ('question', 'answer', 'conditions', 'sure', 'record', 'row', 'ratio', 'page', 'front')
 
 # %% ../nbs/library/98_studies.ipynb #advice0b
 def advice() -> list:  # of dicts with the fields ADVICE; raises ValueError, FileNotFoundError
@@ -720,6 +720,7 @@ def _completed(entry):
     lookup(found, entry['row'], f"row of {entry['record']}:")
     f, seeds = found[entry['row']], len({row['seed'] for row in record.rows})
     form = '.2f' if f['ratio'] < 10 else '.0f'
-    interval = f"ratio {f['ratio']:{form}} ({f['low']:{form}} to {f['high']:{form}})"
-    said = f"{f['verdict']}: {interval}, p = {f['p']:.2g} (raised for {len(found)} questions), {seeds} seeds"
+    interval = f"{entry['ratio']} {f['ratio']:{form}} (95 %: {f['low']:{form}} to {f['high']:{form}})"
+    p = f"p = {f['p']:.2g} (corrected for {len(found)} questions)"
+    said = f"{f['verdict']}: {interval}, {p}, {seeds} seeds"
     return dict.fromkeys(ADVICE, '') | entry | dict(sure=said)
