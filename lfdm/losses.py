@@ -208,7 +208,7 @@ def _looked_at(x):
     except RuntimeError: return True   # inside vmap, say, there is nothing to read
     if size > 4:
         warnings.warn(f'x is not of about unit size: its root mean square is {size:.3g}, from {low:.3g} to '
-                      f'{high:.3g}. Of images of bytes take x / 127.5 - 1, of other data (x - mean) / std: '
+                      f'{high:.3g}. For images of bytes take x / 127.5 - 1, for other data (x - mean) / std: '
                       'the noise levels are meant for that. (Said once for each loss.)', stacklevel=3)
     return True
 

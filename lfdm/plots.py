@@ -199,6 +199,7 @@ def show(fig: Figure,    # a figure; it is closed
     "Show a figure in a notebook in a hundred kilobytes or less."
     with from_extra('studies'):
         from IPython.display import Image as Shown, display
+    _plain_numbers(fig)
     with io.BytesIO() as file:
         fig.savefig(file, format='png', dpi=number('dpi', dpi, 10, 1000, integer=True))
         plt.close(fig)
@@ -411,9 +412,6 @@ def _plot_excess(ax, epochs, run, color):
     ax.fill_between(epochs, percent(-1), percent(1), color=color, alpha=0.25, lw=0)
     ax.set(xlabel='epoch', ylabel='excess, % of the floor',
            title='against the exact prediction, ± 2 std. errors')
-    few = np.divide(*ax.get_ylim()[::-1]) < 20
-    ax.yaxis.set_major_formatter('{x:g}')
-    ax.yaxis.set_minor_formatter('{x:g}' if few else '')
 
 # %% ../nbs/library/99_plots.ipynb #5a306049
 def _plot_floor(ax, run):

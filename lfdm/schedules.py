@@ -168,7 +168,7 @@ def advice_on_timesteps(steps: int = None,  # T, if it is known
     "What to do with whole timesteps, for a message."
     T = steps or 'T'
     last = steps - 1 if steps else 'T - 1'
-    return f'Of timesteps from 0 to {last} the times are (timesteps + 1) / {T}.'
+    return f'For timesteps from 0 to {last} the times are (timesteps + 1) / {T}.'
 
 def checked_time(t,                  # times: a number, an array, a tensor or a symbol
                  steps: int = None,  # T of the schedule, if it has one
@@ -221,7 +221,7 @@ class Schedule(Choice):
         if hasattr(choice, 'add_noise') or hasattr(choice, 'alphas_cumprod'):
             return ' from_diffusers(scheduler) of lfdm.interop gives the schedule and the target.'
         numbers = torch.is_tensor(choice) or hasattr(choice, '__array__') or isinstance(choice, list | tuple)
-        return ' Of β of your own it is BetasSchedule(betas), from lfdm.interop.' if numbers else ''
+        return ' For β of your own write BetasSchedule(betas), from lfdm.interop.' if numbers else ''
 
     def __init_subclass__(cls):
         "Each schedule's path takes numbers, arrays, tensors and symbols."

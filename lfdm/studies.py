@@ -719,6 +719,7 @@ def _completed(entry):
     if not found: return dict.fromkeys(ADVICE, '') | entry
     lookup(found, entry['row'], f"row of {entry['record']}:")
     f, seeds = found[entry['row']], len({row['seed'] for row in record.rows})
+    if 'ratio' not in entry: raise ValueError(f"advice.toml: of what is the ratio of {entry['row']!r}?")
     form = '.2f' if f['ratio'] < 10 else '.0f'
     interval = f"{entry['ratio']} {f['ratio']:{form}} (95 %: {f['low']:{form}} to {f['high']:{form}})"
     p = f"p = {f['p']:.2g} (corrected for {len(found)} questions)"

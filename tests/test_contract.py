@@ -48,7 +48,7 @@ def points(n=8): return torch.randn(n, 2, generator=seeded(1))
 
 TIMESTEPS = torch.tensor([0, 3, 500, 999])
 SWAPPED = "schedule 'v' is a target, target 'cosine' is a schedule. Write schedule='cosine', target='v'"
-AS_TIMES = r"Of timesteps from 0 to T - 1 the times are .timesteps \+ 1. / T"
+AS_TIMES = r"For timesteps from 0 to T - 1 the times are .timesteps \+ 1. / T"
 MISTAKES = {
     "swapped": (lambda: DiffusionLoss("v", "cosine"), SWAPPED),
     "swapped classes": (lambda: DiffusionLoss(TARGETS["v"], SCHEDULES["cosine"]()),
